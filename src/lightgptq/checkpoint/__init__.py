@@ -1,0 +1,1 @@
+"""Bytes on disk: packing, configs, lazy reading and streaming writing of checkpoints."""

@@ -1,0 +1,1 @@
+"""What quantization cost: perplexity, KL divergence, agreement of the top token."""

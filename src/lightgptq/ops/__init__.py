@@ -1,0 +1,1 @@
+"""The quantized product: one op schema, a torch reference and the fast kernels."""

@@ -1,0 +1,1 @@
+"""The main job: streaming a model through the solver, one decoder block at a time."""
