@@ -1,0 +1,64 @@
+/* The C interface of the native library: plain pointers and sizes, no state that a caller has to manage.
+ *
+ * Every function that can fail returns an lgq_status and leaves its outputs untouched unless it is LGQ_OK. Turning a
+ * status into a sentence is the caller's job, who knows what the numbers mean. Thread-safe after lgq_init.
+ */
+#ifndef LIGHTGPTQ_H
+#define LIGHTGPTQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LGQ_API __declspec(dllexport)
+#else
+#define LGQ_API __attribute__((visibility("default")))
+#endif
+
+#define LGQ_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum lgq_status {
+  LGQ_OK = 0,
+  LGQ_NULL_POINTER = 1,      /* a required pointer is null */
+  LGQ_BAD_SIZE = 2,          /* a size is negative, zero where it may not be, or contradicts another */
+  LGQ_BAD_BITS = 3,          /* bits is not 2, 3, 4 or 8 */
+  LGQ_BAD_DTYPE = 4,         /* an lgq_dtype that this function does not take */
+  LGQ_BAD_MODE = 5,          /* an lgq_mode that does not exist */
+  LGQ_BAD_GROUP = 6,         /* a g_idx entry is outside [0, groups) */
+  LGQ_BUFFER_TOO_SMALL = 7,  /* an output or work buffer is smaller than asked for */
+  LGQ_UNALIGNED = 8,         /* a packed weight does not start at a multiple of 64 bytes */
+  LGQ_NOT_PACKED = 9,        /* a buffer is no packed weight of this ABI version */
+  LGQ_OUT_OF_MEMORY = 10,    /* scratch memory could not be had */
+  LGQ_UNKNOWN_ISA = 11,      /* the instruction set asked for has no such name */
+  LGQ_UNSUPPORTED_ISA = 12,  /* the instruction set asked for is not in this CPU or this build */
+  LGQ_BAD_VALUE = 13         /* another argument is outside its range */
+} lgq_status;
+
+typedef enum lgq_dtype { LGQ_F32 = 0, LGQ_BF16 = 1, LGQ_F16 = 2 } lgq_dtype;
+
+/* Arithmetic of a product: activations as they are with float accumulation, or rounded to 8 bits per group. */
+typedef enum lgq_mode { LGQ_EXACT = 0, LGQ_INT8 = 1 } lgq_mode;
+
+LGQ_API int32_t lgq_abi_version(void);
+
+/* Chooses the instruction set: the best that this CPU has when name is null or empty, else the one named ("portable",
+ * "avx2", "avx512", "neon"). Call once before anything else. */
+LGQ_API int32_t lgq_init(const char *name);
+
+/* Name of the instruction set in use, a static string. */
+LGQ_API const char *lgq_isa(void);
+
+/* Comma-separated names of what this CPU and this build have, best last, a static string. */
+LGQ_API const char *lgq_isa_list(void);
+
+/* Threads that a parallel loop called from this thread would use. */
+LGQ_API int32_t lgq_num_threads(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

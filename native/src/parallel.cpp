@@ -1,0 +1,38 @@
+#include "parallel.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+#include <thread>
+#endif
+
+namespace lgq {
+
+#if defined(_OPENMP)
+
+int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+void run_on_threads(int threads, void (*body)(void *, int, int), void *context) {
+#pragma omp parallel num_threads(threads)
+  body(context, omp_get_thread_num(), omp_get_num_threads());
+}
+
+#else
+
+int max_threads() {
+  const unsigned n = std::thread::hardware_concurrency();
+  return n == 0 ? 1 : static_cast<int>(n);
+}
+
+void run_on_threads(int threads, void (*body)(void *, int, int), void *context) {
+  constexpr int kMost = 64;
+  if (threads > kMost) threads = kMost;
+  std::thread helpers[kMost];
+  for (int t = 1; t < threads; ++t) helpers[t] = std::thread(body, context, t, threads);
+  body(context, 0, threads);
+  for (int t = 1; t < threads; ++t) helpers[t].join();
+}
+
+#endif
+
+}  // namespace lgq

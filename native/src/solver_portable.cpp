@@ -1,0 +1,7 @@
+#include "solver_obq.h"
+#include "solver_sweep.h"
+#include "solver_syrk.h"
+
+namespace lightgptq {
+const SolverKernels kSolverPortable{sweep, syrk, obq};
+}  // namespace lightgptq
