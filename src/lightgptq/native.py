@@ -1,8 +1,9 @@
 """Finds and loads the native library, and turns its status codes into sentences.
 
-The library has a C interface with its own version (``LGQ_ABI_VERSION``), independent of torch's and CPython's.
-It is compiled for OpenMP but not linked to a runtime: torch, imported first, has put its own into the process,
-and both share its threads. Without the library everything still works through torch, slowly, and says so once.
+The library has a C interface with its own version (``LGQ_ABI_VERSION``), independent of torch's and
+CPython's. It is compiled for OpenMP but not linked to a runtime: torch, imported first, has put its own into
+the process, and both share its threads. Without the library everything still works through torch, slowly, and
+says so once.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ LIBRARY_PATH = Path(__file__).parent / "_native" / _library_name()
 class NativeLibrary:
     """The loaded library.
 
-    ``lib`` is the ``ctypes.CDLL``; a module that uses a function declares its ``argtypes`` there once. Pass each
-    returned status to ``check``.
+    ``lib`` is the ``ctypes.CDLL``; a module that uses a function declares its ``argtypes`` there once. Pass
+    each returned status to ``check``.
 
     Raises NativeLibraryError when the file cannot be loaded, has another ABI version, or the variable
     LIGHTGPTQ_CPU_ISA names an instruction set that does not exist or that this CPU lacks.
@@ -98,7 +99,7 @@ class NativeLibrary:
 
 @functools.cache
 def load() -> NativeLibrary | None:
-    """The native library, or None (after one warning) where it was not built; raises as NativeLibrary does."""
+    """The native library, or None (after one warning) where it was not built; raises as NativeLibrary."""
     if not LIBRARY_PATH.exists():
         warnings.warn(
             "lightgptq was installed without its native library (no C++ compiler at installation); "
