@@ -20,9 +20,9 @@ class QuantScheme:
     sym           True: the zero is fixed at 2^(bits-1); False: one integer zero per group and output.
     method        "gptq" (arXiv 2210.17323), "obq" (arXiv 2208.11580) or "rtn" (round to nearest).
     act_order     columns are solved by descending diagonal of H instead of left to right.
-    static_groups True: groups are runs of neighbouring inputs and their scales are fixed before the sweep, so g_idx
-                  stays ``i // group_size``; False: scales are found as the sweep reaches each group (with act_order
-                  the groups then follow the permuted order and g_idx is not trivial).
+    static_groups True: groups are runs of neighbouring inputs and their scales are fixed before the sweep,
+                  so g_idx stays ``i // group_size``; False: scales are found as the sweep reaches each group
+                  (with act_order the groups then follow the permuted order and g_idx is not trivial).
     damp          fraction of the mean diagonal of H added to the diagonal (paper, section 3.3, step 3).
 
     Raises UsageError when a value is not allowed.
@@ -38,13 +38,19 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise UsageError(f"bits={self.bits!r} is not supported; choose one of {', '.join(map(str, BITS))}")
+            raise UsageError(
+                f"bits={self.bits!r} is not supported; choose one of {', '.join(map(str, BITS))}"
+            )
         if self.group_size != -1 and not (isinstance(self.group_size, int) and self.group_size >= 1):
-            raise UsageError(f"group_size={self.group_size!r} is not supported; give -1 (one group) or a positive number")
+            raise UsageError(
+                f"group_size={self.group_size!r} is not supported; give -1 (one group) or a positive number"
+            )
         if self.method not in METHODS:
             raise UsageError(f"method={self.method!r} is not supported; choose one of {', '.join(METHODS)}")
         if not 0.0 <= self.damp < 1.0:
-            raise UsageError(f"damp={self.damp!r} is not supported; give a fraction from 0 up to, not including, 1")
+            raise UsageError(
+                f"damp={self.damp!r} is not supported; give a fraction from 0 up to, not including, 1"
+            )
 
     @property
     def levels(self) -> int:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass
 class QuantizedWeight:
-    """One linear layer's codes and grid; ``W[o, i] = scales[g_idx[i], o] * (codes[o, i] - zeros[g_idx[i], o])``.
+    """One linear layer's codes and their grid.
+
+    ``W[o, i] = scales[g_idx[i], o] * (codes[o, i] - zeros[g_idx[i], o])``
 
     codes   uint8 (out, in), each in [0, 2^bits - 1]
     scales  float16 (groups, out)

@@ -1,0 +1,160 @@
+"""The Hessian of a layer's squared output error, and the triangular factor of its inverse that the sweep
+needs.
+
+``loss(Q) = |X W^T - X Q^T|^2 = sum over rows (w - q) H (w - q)^T``, ``H = X^T X``  (GPTQ, arXiv 2210.17323,
+eq. 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import QuantizationError
+
+CHUNK_VALUES = 1 << 22  # activations converted to float32 at a time: 16 MiB
+LARGEST_DAMP = 1.0
+SMALLEST_DAMP = 1e-6  # where growing starts when damp is 0
+
+
+def add_gram(H: Tensor, X: Tensor) -> None:
+    """``H += X^T X`` in place: H (in, in) float32, X (tokens, in) float32."""
+    H.addmm_(X.t(), X)
+
+
+class HessianAccumulator:
+    """Sums ``H = X^T X`` over calibration tokens, in place and in float32.
+
+    Only ratios matter to the solvers, so the sum is not divided by the number of tokens.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.H = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, X: Tensor) -> None:
+        """Adds the tokens of ``X`` (..., in), any float dtype.
+
+        Raises QuantizationError when X has another width, or holds NaN, infinity or values whose squares
+        overflow.
+        """
+        in_features = self.H.shape[0]
+        if X.dim() == 0 or X.shape[-1] != in_features:
+            raise QuantizationError(f"activations {tuple(X.shape)} do not end in {in_features} features")
+        X = X.detach().reshape(-1, in_features)
+        step = max(1, CHUNK_VALUES // in_features)
+        for chunk in X.split(step):
+            add_gram(self.H, chunk.to(self.H.device, torch.float32))
+        self.tokens += X.shape[0]
+        # A sum of squares is finite only if every value was: O(in) instead of another pass over X.
+        bad = int((~torch.isfinite(self.H.diagonal())).sum())
+        if bad:
+            raise QuantizationError(
+                f"{bad} of {in_features} input features have NaN, infinite or too large activations; "
+                "check the model's dtype and the calibration text"
+            )
+
+    def finish(self) -> Tensor:
+        """The sum, float32 (in, in), exactly symmetric. Raises QuantizationError when no token was added."""
+        if self.tokens == 0:
+            raise QuantizationError(
+                "no calibration token reached this layer; use more text or skip it with a rule"
+            )
+        return self.H.add_(self.H.t().clone()).mul_(0.5)
+
+
+@dataclass
+class HessianFactor:
+    """What the sweep needs of H, computed once for all linears that share an input.
+
+    U      float32 (in, in), upper: ``(H + ridge I)^-1 = U^T U`` with rows and columns in the order ``perm``
+    perm   int64 (in,), the order in which columns are solved
+    dead   bool (in,), inputs that were always 0, in original order; their diagonal counts as the mean one
+    diag   float32 (in,), diagonal of the undamped H in original order
+    damp   the fraction of the mean diagonal that was really added
+    mean   mean diagonal of H over the live inputs
+    """
+
+    U: Tensor
+    perm: Tensor
+    dead: Tensor
+    diag: Tensor
+    damp: float
+    mean: float
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.U.shape[0]
+
+    @property
+    def ridge(self) -> float:
+        """What was added to the diagonal, in the unit of H."""
+        return self.damp * self.mean
+
+    @classmethod
+    def build(cls, H: Tensor, scheme: QuantScheme) -> HessianFactor:
+        """Damps, orders and factors ``H`` (in, in) float32, which is not modified.
+
+        ``U`` is the upper Cholesky factor of H^-1 (paper, section 3.3, step 3). Flipping rows and columns of
+        H turns ``H = U' U'^T`` (U' upper) into an ordinary Cholesky, and ``U = U'^-1``: one factorisation
+        and one triangular inverse, where factor -> inverse -> factor loses digits twice.
+
+        Raises QuantizationError when H is not a finite square matrix, has no live input, or cannot be
+        factored even with damping 1.
+        """
+        if H.dim() != 2 or H.shape[0] != H.shape[1]:
+            raise QuantizationError(f"H must be square, got {tuple(H.shape)}")
+        diag = H.diagonal().clone()
+        if not bool(torch.isfinite(diag).all()) or bool((diag < 0).any()):
+            raise QuantizationError(
+                "the diagonal of H holds NaN, infinite or negative values: the activations are broken"
+            )
+        dead = diag == 0
+        if bool(dead.all()):
+            raise QuantizationError("every input of this layer was 0 on all calibration tokens: H is empty")
+        mean = float(diag[~dead].mean())
+        order = torch.argsort(diag, descending=True, stable=True) if scheme.act_order else None
+        perm = order if order is not None else torch.arange(H.shape[0], device=H.device)
+        U, damp = _factor_with_damping(H, perm, dead[perm], mean, scheme.damp)
+        return cls(U, perm, dead, diag, damp, mean)
+
+
+def _factor_with_damping(
+    H: Tensor, perm: Tensor, dead: Tensor, mean: float, damp: float
+) -> tuple[Tensor, float]:
+    """U and the damping used: the one asked for, or the first of its multiples by 10 that can be factored."""
+    reverse = perm.flip(0)
+    flipped = H[reverse][:, reverse].div_(mean)
+    flipped_dead = dead.flip(0)
+    flipped[flipped_dead] = 0
+    flipped[:, flipped_dead] = 0
+    flipped.diagonal()[flipped_dead] = 1
+    tried, added = damp, 0.0
+    while True:
+        flipped.diagonal().add_(tried - added)
+        added = tried
+        U = _invert_factor(flipped)
+        if U is not None:
+            return U.div_(mean**0.5), tried
+        if tried >= LARGEST_DAMP:
+            raise QuantizationError(
+                f"H cannot be factored even with damping {LARGEST_DAMP}: the activations are degenerate; "
+                "use more calibration text"
+            )
+        tried = min(LARGEST_DAMP, max(tried * 10, SMALLEST_DAMP))
+
+
+def _invert_factor(flipped: Tensor) -> Tensor | None:
+    """``U`` of ``flip(flipped)``, or None when that is not positive definite in float32."""
+    L, info = torch.linalg.cholesky_ex(flipped)
+    if int(info) != 0:
+        return None
+    eye = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    if not bool(torch.isfinite(inverse).all()) or not bool((inverse.diagonal() > 0).all()):
+        return None
+    return inverse.flip(0, 1).contiguous()

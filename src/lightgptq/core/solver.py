@@ -1,0 +1,97 @@
+"""GPTQ for one linear layer: grid, column order, sweep (Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightgptq.core.grid import Grid, check_weight, dequantize_codes, fit_grid, trivial_g_idx
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.rtn import quadratic_loss
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.sweep import sweep
+from lightgptq.core.types import QuantizedWeight
+from lightgptq.errors import QuantizationError
+
+
+def gptq(
+    W: Tensor,
+    factor: HessianFactor,
+    scheme: QuantScheme,
+    *,
+    H: Tensor | None = None,
+    grid: Grid | None = None,
+    block_size: int = 128,
+) -> QuantizedWeight:
+    """Quantizes ``W`` so that ``sum over rows (w - q) H (w - q)^T`` stays small (paper, Algorithm 1).
+
+    W           float (out, in), not modified
+    factor      of H, built with the same scheme
+    H           float32 (in, in), optional: makes the reported loss exact; without it the damping's part is
+                taken off the sweep's own sum, which is the same up to rounding
+    grid        scales and zeros to use instead of ``fit_grid``'s; static groups only
+    block_size  columns updated eagerly, a matter of speed only
+
+    Raises QuantizationError when W is not finite, shapes contradict each other or a scale is beyond float16.
+    """
+    check_weight(W)
+    W = W.float()
+    if factor.in_features != W.shape[1]:
+        raise QuantizationError(f"H is for {factor.in_features} inputs, the weight has {W.shape[1]}")
+    if scheme.static_groups:
+        if grid is None:
+            grid = fit_grid(W, scheme, factor.diag)
+        g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
+        codes_perm, row_loss = sweep(
+            W[:, factor.perm], factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size
+        )
+    elif grid is not None:
+        raise QuantizationError("a grid was given, but with static_groups=False the sweep finds its own")
+    else:
+        codes_perm, row_loss, grid = _sweep_dynamic(W[:, factor.perm], factor, scheme, block_size)
+        g_idx = torch.empty(W.shape[1], dtype=torch.int32, device=W.device)
+        g_idx[factor.perm] = trivial_g_idx(W.shape[1], scheme, W.device)
+    codes = torch.empty_like(codes_perm)
+    codes[:, factor.perm] = codes_perm
+    D = W - dequantize_codes(codes, grid, g_idx)
+    loss = _undamped_loss(D, row_loss, factor) if H is None else quadratic_loss(D, H)
+    return QuantizedWeight(codes, grid.scales.half(), grid.zeros, g_idx, scheme.bits, loss)
+
+
+def _undamped_loss(D: Tensor, row_loss: Tensor, factor: HessianFactor) -> float:
+    """``sum |e|^2`` less what damping and the dead inputs' stand-in diagonal put into it."""
+    energy = D.square().sum(dim=0, dtype=torch.float64)
+    extra = factor.ridge * energy.sum() + factor.mean * energy[factor.dead].sum()
+    return max(0.0, float(row_loss.sum(dtype=torch.float64) - extra))
+
+
+def _sweep_dynamic(
+    W: Tensor, factor: HessianFactor, scheme: QuantScheme, block_size: int
+) -> tuple[Tensor, Tensor, Grid]:
+    """The sweep with each group's grid fitted to its compensated weights when the sweep reaches it.
+
+    W (out, in) float32 in solving order. After a group of columns F is solved, ``W_F - Q_F = E_F U_FF``
+    gives the errors that the columns after it need: ``W_R -= E_F U_FR``.
+    """
+    W, U = W.clone(), factor.U
+    out_features, in_features = W.shape
+    width = scheme.group_width(in_features)
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=W.device)
+    row_loss = torch.zeros(out_features, dtype=torch.float32, device=W.device)
+    importance = factor.diag[factor.perm]
+    scales, zeros = [], []
+    for start in range(0, in_features, width):
+        end = min(start + width, in_features)
+        part, U_FF = W[:, start:end], U[start:end, start:end].contiguous()
+        one_group = torch.zeros(end - start, dtype=torch.int32, device=W.device)
+        grid = fit_grid(part, scheme.with_overrides({"group_size": -1}), importance[start:end])
+        group_codes, group_loss = sweep(part.contiguous(), U_FF, grid, one_group, scheme.max_code, block_size)
+        codes[:, start:end] = group_codes
+        row_loss += group_loss
+        scales.append(grid.scales)
+        zeros.append(grid.zeros)
+        if end < in_features:
+            D = part - dequantize_codes(group_codes, grid, one_group)
+            E = torch.linalg.solve_triangular(U_FF, D, upper=True, left=False)
+            W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
+    return codes, row_loss, Grid(torch.cat(scales), torch.cat(zeros))

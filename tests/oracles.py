@@ -1,0 +1,143 @@
+"""Slow, obviously right float64 versions, written from the papers, that the tests compare with."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """``clamp(round(w / scale) + zero, 0, max_code)`` in float64."""
+    return (torch.round(w / scale) + zero).clamp(0, max_code)
+
+
+def damped(H: Tensor, damp: float) -> Tensor:
+    """H in float64 with ``damp`` times its mean live diagonal added; dead inputs get the mean diagonal
+    first."""
+    H = H.double().clone()
+    diag = H.diagonal()
+    dead = diag == 0
+    mean = diag[~dead].mean()
+    H[dead] = 0
+    H[:, dead] = 0
+    H.diagonal()[dead] = mean
+    return H + damp * mean * torch.eye(len(H), dtype=torch.float64)
+
+
+def gptq_columns(
+    W: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    max_code: int,
+    damp: float,
+    order: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ column by column, no blocks, no Cholesky: the inverse of what is left of H is computed anew each
+    time.
+
+    After column j is fixed, the best continuation for the free columns F is (OBQ, arXiv 2208.11580, eq. 3)
+    ``w_F -= (w_j - q_j) / [H_R^-1]_jj * [H_R^-1]_jF``, R = {j} and F. Returns codes and, for every column,
+    how far (in steps) the value that was rounded lay from the nearest rounding boundary.
+    """
+    w = W.double().clone()
+    Hd = damped(H, damp)
+    codes = torch.zeros_like(w)
+    margin = torch.zeros_like(w)
+    order_list = order.tolist()
+    for t, j in enumerate(order_list):
+        rest = order_list[t:]
+        inverse = torch.linalg.inv(Hd[rest][:, rest])
+        scale, zero = scales[g_idx[j].long()].double(), zeros[g_idx[j].long()].double()
+        codes[:, j] = nearest_code(w[:, j], scale, zero, max_code)
+        steps = w[:, j] / scale
+        margin[:, j] = ((steps - torch.floor(steps)) - 0.5).abs()
+        error = w[:, j] - (codes[:, j] - zero) * scale
+        w[:, rest] -= torch.outer(error / inverse[0, 0], inverse[0])
+    return codes, margin
+
+
+def layer_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """``sum over rows (w - q) H (w - q)^T`` in float64."""
+    D = W.double() - Q.double()
+    return float(((D @ H.double()) * D).sum())
+
+
+def obq_row(
+    w: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, max_code: int, damp: float, outliers: bool = True
+) -> Tensor:
+    """OBQ for one row by brute force: every candidate of every step is tried with a full least-squares solve.
+
+    The cost of fixing weight p at its nearest code is the increase of the smallest reachable loss
+    ``min over free weights of (w0 - v) H (w0 - v)^T``; the cheapest p is fixed, then the free weights are
+    re-solved.
+    """
+    Hd, w0, v = damped(H, damp), w.double(), w.double().clone()
+    fixed: dict[int, float] = {}
+    codes = torch.zeros_like(v)
+    n = len(v)
+
+    def resolve(values: dict[int, float]) -> Tensor:
+        kept = sorted(values)
+        free = [i for i in range(n) if i not in values]
+        best = torch.zeros(n, dtype=torch.float64)
+        for i in kept:
+            best[i] = values[i]
+        if free:
+            d = torch.tensor([w0[i] - values[i] for i in kept], dtype=torch.float64)
+            shift = (
+                torch.linalg.solve(Hd[free][:, free], Hd[free][:, kept] @ d)
+                if kept
+                else torch.zeros(len(free))
+            )
+            best[free] = w0[free] + shift.double()
+        return best
+
+    for _ in range(n):
+        code = nearest_code(v, scales.double(), zeros.double(), max_code)
+        value = (code - zeros) * scales.double()
+        free = [i for i in range(n) if i not in fixed]
+        steps = {i: float((v[i] - value[i]).abs() / scales[i].abs()) for i in free}
+        far = max(free, key=lambda i: steps[i])
+        if outliers and steps[far] > 0.5 + 1e-6:
+            p = far
+        else:
+            costs = {}
+            for i in free:
+                d = w0 - resolve({**fixed, i: float(value[i])})
+                costs[i] = float(d @ Hd @ d)
+            p = min(free, key=lambda i: costs[i])
+        fixed[p] = float(value[p])
+        codes[p] = code[p]
+        v = resolve(fixed)
+    return codes
+
+
+def best_codes_row(
+    w: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, max_code: int
+) -> tuple[Tensor, float]:
+    """The best codes of one tiny row and their loss, by trying all (max_code + 1)^in of them."""
+    tried = torch.tensor(list(itertools.product(range(max_code + 1), repeat=len(w))), dtype=torch.float64)
+    D = w.double() - (tried - zeros.double()) * scales.double()
+    losses = ((D @ H.double()) * D).sum(dim=1)
+    return tried[losses.argmin()], float(losses.min())
+
+
+def correlated_problem(
+    out_features: int, in_features: int, seed: int, tokens: int | None = None, dead: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) and an H (in, in), both float32, from activations with a decaying, mixed
+    spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tokens if tokens is not None else 4 * in_features
+    spectrum = torch.logspace(0, -1.5, in_features, dtype=torch.float64)
+    mix = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64) / in_features**0.5
+    X = torch.randn(tokens, in_features, generator=generator, dtype=torch.float64) * spectrum @ mix
+    X += 0.3 * torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
+    if dead:
+        X[:, torch.randperm(in_features, generator=generator)[:dead]] = 0
+    W = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64) / in_features**0.5
+    return W.float(), (X.t() @ X).float()
