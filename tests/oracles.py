@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from lightgptq.core.types import QuantizedWeight
+
 
 def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
     """``clamp(round(w / scale) + zero, 0, max_code)`` in float64."""
@@ -141,3 +143,35 @@ def correlated_problem(
         X[:, torch.randperm(in_features, generator=generator)[:dead]] = 0
     W = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64) / in_features**0.5
     return W.float(), (X.t() @ X).float()
+
+
+def random_quantized(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool,
+    act_order: bool,
+    seed: int = 0,
+) -> QuantizedWeight:
+    """Random codes on a random grid; with act_order the groups are a shuffled assignment of the inputs."""
+    rng = torch.Generator().manual_seed(seed)
+    width = in_features if group_size == -1 else min(group_size, in_features)
+    groups = -(-in_features // width)
+    g_idx = (torch.arange(in_features) // width).to(torch.int32)
+    if act_order:
+        g_idx = g_idx[torch.randperm(in_features, generator=rng)]
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=rng, dtype=torch.uint8)
+    scales = (torch.rand((groups, out_features), generator=rng) * 0.02 + 0.002).half()
+    zeros = torch.full((groups, out_features), 1 << (bits - 1), dtype=torch.int32)
+    if not sym:
+        zeros = torch.randint(1, 1 << bits, (groups, out_features), generator=rng, dtype=torch.int32)
+    return QuantizedWeight(codes, scales, zeros, g_idx, bits)
+
+
+def dequantized(q: QuantizedWeight) -> Tensor:
+    """W[o, i] = scales[g_idx[i], o] * (codes[o, i] - zeros[g_idx[i], o]) in float64, element by element's
+    definition."""
+    group = q.g_idx.long()
+    return q.scales.double().t()[:, group] * (q.codes.double() - q.zeros.double().t()[:, group])

@@ -1,0 +1,158 @@
+"""QuantLinear: a linear layer whose weight stays quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightgptq import ops
+from lightgptq.checkpoint.packing import PackedWeight, pack, packed_layout, trivial_g_idx
+from lightgptq.core.types import QuantizedWeight
+from lightgptq.errors import UsageError
+
+_STANDARD = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ W^T + bias`` with W in 2, 3, 4 or 8 bits.
+
+    The buffers qweight, qzeros, scales, g_idx and bias have the checkpoint's names, shapes and dtypes, so
+    loading one is ``load_state_dict``. At the first forward, or by ``prepare``, they are repacked for the
+    device's kernels and kept only if ``keep_standard``.
+
+    bits               2, 3, 4 or 8
+    group_size         inputs that share a scale, -1 for all; gives the number of groups
+    checkpoint_format  "gptq" (stores zero - 1) or "gptq_v2"
+    mode               "exact" or "int8", see ``ops.quant_matmul``
+    """
+
+    qweight: Tensor | None
+    qzeros: Tensor | None
+    scales: Tensor | None
+    g_idx: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int = 128,
+        bias: bool = False,
+        *,
+        checkpoint_format: str = "gptq",
+        mode: str = "exact",
+        bias_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in ops.MODES:
+            raise UsageError(f"mode={mode!r} is not supported; choose one of {', '.join(ops.MODES)}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        self.checkpoint_format = checkpoint_format
+        self.mode = mode
+        self.keep_standard = False
+        self._prepared: ops.PreparedWeight | None = None
+        width = in_features if group_size == -1 else min(group_size, in_features)
+        layout = packed_layout(in_features, out_features, bits, -(-in_features // width))
+        for name, (dtype, shape) in layout.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        if self.g_idx is not None and not self.g_idx.is_meta:
+            self.g_idx.copy_(trivial_g_idx(in_features, group_size))
+        self.register_buffer("bias", None)
+        if bias:
+            self.bias = torch.zeros(out_features, dtype=bias_dtype, device=device)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        q: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        checkpoint_format: str = "gptq_v2",
+        mode: str = "exact",
+    ) -> QuantLinear:
+        """A layer of a solver's result; raises CheckpointError when it cannot be stored in the format."""
+        packed = pack(q, checkpoint_format)
+        out_features, in_features = q.codes.shape
+        layer = cls(
+            in_features, out_features, q.bits, checkpoint_format=checkpoint_format, mode=mode, device="meta"
+        )
+        layer.group_size = -(-in_features // q.scales.shape[0])
+        for name, tensor in packed.tensors().items():
+            setattr(layer, name, tensor)
+        layer.bias = bias
+        return layer
+
+    def packed(self) -> PackedWeight:
+        """The checkpoint's tensors; raises UsageError once ``prepare`` has dropped them."""
+        if self.qweight is None or self.qzeros is None or self.scales is None or self.g_idx is None:
+            raise UsageError(
+                "this layer's checkpoint tensors were dropped when it was prepared; set keep_standard = True "
+                "before the first forward, or load the checkpoint again"
+            )
+        return PackedWeight(self.qweight, self.qzeros, self.scales, self.g_idx)
+
+    @torch.compiler.disable
+    def prepare(self) -> None:
+        """Repack for the kernels of the device that the buffers are on; a second call does nothing."""
+        if self._prepared is not None:
+            return
+        self._prepared = ops.prepare(self.packed(), self.bits, self.checkpoint_format)
+        if self._prepared.layout != self.checkpoint_format and not self.keep_standard:
+            for name in _STANDARD:
+                setattr(self, name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) float32, bfloat16 or float16; returns (..., out) of the same dtype."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return ops.quant_matmul(x, self._prepared, self.bias, self.mode)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (out, in), computed in float32 and rounded once to ``dtype``."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return ops.dequantize(self._prepared, dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move to another device; scales stay float16 whatever dtype the model is cast to, as rounding them
+        again would change the weight."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = (
+                torch.empty_like(scales, device=self.scales.device)
+                if scales.is_meta
+                else scales.to(self.scales.device)
+            )
+        if self._prepared is not None:
+            self._move_prepared(fn)
+        return self
+
+    def _move_prepared(self, fn: Callable[[Tensor], Tensor]) -> None:
+        assert self._prepared is not None
+        target = fn(self._prepared.tensors[0]).device
+        if target == self._prepared.tensors[0].device:
+            return
+        self.packed()  # raises the sentence when there is nothing left to prepare from
+        self._prepared = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._prepared = None

@@ -1,0 +1,64 @@
+"""QuantLinear: loads a checkpoint's tensors, multiplies, survives casts and moves."""
+
+import pytest
+import torch
+from tests.oracles import dequantized, random_quantized
+
+from lightgptq.checkpoint.packing import pack
+from lightgptq.errors import UsageError
+from lightgptq.linear import QuantLinear
+
+
+def make(bits=4, group_size=32, **options):
+    q = random_quantized(48, 172, bits, group_size, sym=True, act_order=False)
+    return q, QuantLinear.from_quantized(q, **options)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 128), (4, -1), (8, 64)])
+def test_loaded_state_gives_the_dense_product(bits, group_size, checkpoint_format):
+    q = random_quantized(48, 172, bits, group_size, sym=True, act_order=False)
+    layer = QuantLinear(172, 48, bits, group_size, bias=True, checkpoint_format=checkpoint_format)
+    bias = torch.randn(48).half()
+    layer.load_state_dict({**pack(q, checkpoint_format).tensors(), "bias": bias})
+    x = torch.randn(2, 5, 172)
+    want = x @ dequantized(q).float().t() + bias.float()
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_casting_the_model_leaves_the_weight_as_it_was():
+    q, layer = make()
+    layer.to(torch.bfloat16)
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.dequantize(), dequantized(q).float())
+
+
+def test_meta_layer_materialises_with_float16_scales():
+    layer = QuantLinear(64, 32, 4, 32, device="meta").to_empty(device="cpu")
+    assert layer.scales.dtype == torch.float16
+    assert layer.qweight.shape == (8, 32)
+
+
+def test_dropped_tensors_are_asked_for_with_a_sentence():
+    _, layer = make()
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        setattr(layer, name, None)
+    with pytest.raises(UsageError, match="keep_standard"):
+        layer.packed()
+
+
+def test_loading_again_after_a_forward_takes_effect():
+    _, layer = make()
+    layer.keep_standard = True
+    layer(torch.zeros(1, 172))
+    other = random_quantized(48, 172, 4, 32, sym=True, act_order=False, seed=1)
+    layer.load_state_dict(pack(other, "gptq_v2").tensors())
+    assert torch.equal(layer.dequantize(), dequantized(other).float())
+
+
+def test_compiles_without_a_graph_break():
+    _, layer = make()
+    layer.prepare()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 172)
+    torch.testing.assert_close(compiled(x), layer(x))
