@@ -58,6 +58,33 @@ LGQ_API const char *lgq_isa_list(void);
 /* Threads that a parallel loop called from this thread would use. */
 LGQ_API int32_t lgq_num_threads(void);
 
+/* --- The solver ------------------------------------------------------------------------------------------------ */
+
+/* GPTQ's sweep (arXiv 2210.17323, algorithm 1) over columns in the order given, on a fixed grid.
+ *
+ * For j = 0 .. cols - 1: q = clamp(round(w_j / scale) + zero, 0, max_code), e = (w_j - scale (q - zero)) / U_jj,
+ * w_k -= e U_jk for k > j.
+ * w       float (rows, ldw); not modified
+ * u       float (cols, ldu), upper factor with H^-1 = U^T U; what is below the diagonal is not read into the result
+ * scales  float (groups, rows), not 0; zeros int32 (groups, rows) in [0, max_code]; group int32 (cols,)
+ * codes   uint8 (rows, ldcodes); err float (rows, lderr) or null: e; loss double (rows,): sum of e^2 */
+LGQ_API int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int64_t ldu, int64_t rows, int64_t cols,
+                               const float *scales, const int32_t *zeros, int64_t groups, const int32_t *group,
+                               int32_t max_code, uint8_t *codes, int64_t ldcodes, float *err, int64_t lderr,
+                               double *loss);
+
+/* Upper triangle of H += X^T X, accumulated in float: h float (cols, ldh), x (tokens, ldx) LGQ_F32 or LGQ_BF16.
+ * Elements below the diagonal are left in an unspecified state. */
+LGQ_API int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t tokens, int64_t cols,
+                             int32_t dtype);
+
+/* OBQ (arXiv 2208.11580, section 5): every row greedily, the cheapest weight first, outliers before all others.
+ * w float (rows, cols), hinv double (cols, cols) symmetric, grid as above, codes uint8 (rows, cols),
+ * loss double (rows,): sum of e^2 / [H^-1]_pp over the steps. */
+LGQ_API int32_t lgq_obq(const float *w, const double *hinv, int64_t rows, int64_t cols, const float *scales,
+                        const int32_t *zeros, int64_t groups, const int32_t *group, int32_t max_code, uint8_t *codes,
+                        double *loss);
+
 #ifdef __cplusplus
 }
 #endif

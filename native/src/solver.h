@@ -3,48 +3,48 @@
 
 #include <cstdint>
 
-namespace lightgptq {
+namespace lgq {
 
 struct SweepArgs {
-  const float* w;         // (rows, cols), leading dimension ldw
+  const float *w;         // (rows, cols), leading dimension ldw
   int64_t ldw;
-  const float* u;         // (cols, cols) upper, leading dimension ldu
+  const float *u;         // (cols, cols) upper, leading dimension ldu
   int64_t ldu;
   int64_t rows, cols;
-  const float* scales;    // (groups, rows)
-  const int32_t* zeros;   // (groups, rows)
-  const int32_t* group;   // (cols,)
+  const float *scales;    // (groups, rows)
+  const int32_t *zeros;   // (groups, rows)
+  const int32_t *group;   // (cols,)
   int64_t groups;
   int32_t max_code;
-  uint8_t* codes;         // (rows, cols), leading dimension ldcodes
+  uint8_t *codes;         // (rows, cols), leading dimension ldcodes
   int64_t ldcodes;
-  float* err;             // (rows, cols), leading dimension lderr, or null
+  float *err;             // (rows, cols), leading dimension lderr, or null
   int64_t lderr;
-  double* loss;           // (rows,)
+  double *loss;           // (rows,)
   int64_t threads;        // at least 1
 };
 
 struct SyrkArgs {
-  const void* x;          // (tokens, cols), leading dimension ldx, float32 or bfloat16
+  const void *x;          // (tokens, cols), leading dimension ldx, float32 or bfloat16
   int64_t ldx;
   int64_t tokens, cols;
   bool bf16;
-  float* h;               // (cols, cols), leading dimension ldh
+  float *h;              // (cols, cols), leading dimension ldh
   int64_t ldh;
   int64_t threads;        // at least 1
 };
 
 struct ObqArgs {
-  const float* w;         // (rows, cols), contiguous
-  const float* hinv;      // (cols, cols), contiguous
+  const float *w;         // (rows, cols), contiguous
+  const double *hinv;     // (cols, cols), contiguous, symmetric
   int64_t rows, cols;
-  const float* scales;    // (groups, rows)
-  const int32_t* zeros;   // (groups, rows)
-  const int32_t* group;   // (cols,)
+  const float *scales;    // (groups, rows)
+  const int32_t *zeros;   // (groups, rows)
+  const int32_t *group;   // (cols,)
   int64_t groups;
   int32_t max_code;
-  uint8_t* codes;         // (rows, cols)
-  double* loss;           // (rows,)
+  uint8_t *codes;         // (rows, cols)
+  double *loss;           // (rows,)
   int64_t threads;        // at least 1
 };
 
@@ -60,4 +60,4 @@ extern const SolverKernels kSolverAvx2;
 extern const SolverKernels kSolverAvx512;
 extern const SolverKernels kSolverNeon;
 
-}  // namespace lightgptq
+}  // namespace lgq

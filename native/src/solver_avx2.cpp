@@ -2,6 +2,6 @@
 #include "solver_sweep.h"
 #include "solver_syrk.h"
 
-namespace lightgptq {
+namespace lgq {
 const SolverKernels kSolverAvx2{sweep, syrk, obq};
-}  // namespace lightgptq
+}  // namespace lgq

@@ -3,14 +3,13 @@
 // (panel, column, MR rows), so the sweep is a matrix product whose operand is its own output, and a strip reads U once.
 #pragma once
 
-#include <atomic>
-
+#include "parallel.h"
 #include "solver.h"
 #include "solver_tile.h"
 
 namespace {
 
-using lightgptq::SweepArgs;
+using lgq::SweepArgs;
 
 // Rows of one strip: each element of U is packed once per strip and then used for this many rows. 256 makes packing
 // 4 % of the products it feeds and keeps the buffer (256 x 4096 floats = 4 MiB) in the last-level cache.
@@ -18,16 +17,16 @@ constexpr int64_t kStripRows = 256;
 
 struct Strip {
   int64_t first, rows, panels;
-  float* p;     // (panels, cols, MR): weights to the right of the sweep, errors to the left
-  float* grid;  // (panels, groups, 2, MR): scales, zeros as floats
-  float* pack;  // slivers of U
-  double* loss; // (panels, MR)
+  float *p;     // (panels, cols, MR): weights to the right of the sweep, errors to the left
+  float *grid;  // (panels, groups, 2, MR): scales, zeros as floats
+  float *pack;  // slivers of U
+  double *loss; // (panels, MR)
 };
 
-inline void load_strip(const SweepArgs& a, const Strip& s) {
+inline void load_strip(const SweepArgs &a, const Strip &s) {
   for (int64_t q = 0; q < s.panels; ++q) {
-    float* p = s.p + q * a.cols * MR;
-    float* grid = s.grid + q * a.groups * 2 * MR;
+    float *p = s.p + q * a.cols * MR;
+    float *grid = s.grid + q * a.groups * 2 * MR;
     const int64_t first = s.first + q * MR, rows = min64(MR, s.first + s.rows - first);
     // 16 columns at a time: one cache line of every row
     for (int64_t c = 0; c < a.cols; c += 16) {
@@ -44,9 +43,9 @@ inline void load_strip(const SweepArgs& a, const Strip& s) {
   }
 }
 
-inline void store_errors(const SweepArgs& a, const Strip& s) {
+inline void store_errors(const SweepArgs &a, const Strip &s) {
   for (int64_t q = 0; q < s.panels; ++q) {
-    const float* p = s.p + q * a.cols * MR;
+    const float *p = s.p + q * a.cols * MR;
     const int64_t first = s.first + q * MR, rows = min64(MR, s.first + s.rows - first);
     for (int64_t c = 0; c < a.cols; c += 16) {
       const int64_t width = min64(16, a.cols - c);
@@ -57,10 +56,10 @@ inline void store_errors(const SweepArgs& a, const Strip& s) {
 }
 
 // U[k0 : k0 + depth, j : j + NR] as (depth, NR); columns past the end count as 0 off and 1 on the diagonal.
-inline void pack_sliver(const SweepArgs& a, int64_t k0, int64_t depth, int64_t j, float* out) {
+inline void pack_sliver(const SweepArgs &a, int64_t k0, int64_t depth, int64_t j, float *out) {
   const int64_t width = min64(NR, a.cols - j);
   for (int64_t k = 0; k < depth; ++k) {
-    const float* row = a.u + (k0 + k) * a.ldu + j;
+    const float *row = a.u + (k0 + k) * a.ldu + j;
     if (width == NR) {
       for (int n = 0; n < NR; ++n) out[k * NR + n] = row[n];
     } else {
@@ -71,18 +70,18 @@ inline void pack_sliver(const SweepArgs& a, int64_t k0, int64_t depth, int64_t j
 
 // Round NR columns from j on, one after the other, while their weights stay in registers (w, updated by every column
 // before j). Writes the errors to p, the codes to the caller's array and adds err^2 to loss.
-inline void round_sliver(const SweepArgs& a, const Strip& s, int64_t panel, int64_t j, const float* diagonal,
+inline void round_sliver(const SweepArgs &a, const Strip &s, int64_t panel, int64_t j, const float *diagonal,
                          vec (&w)[NR][2], vec (&loss)[2]) {
   const int64_t width = min64(NR, a.cols - j);
-  float* p = s.p + panel * a.cols * MR + j * MR;
-  const float* grid = s.grid + panel * a.groups * 2 * MR;
+  float *p = s.p + panel * a.cols * MR + j * MR;
+  const float *grid = s.grid + panel * a.groups * 2 * MR;
   alignas(64) int32_t code[NR][MR];
   const float max_code = static_cast<float>(a.max_code);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22 to the nearest integer, ties to even
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n) {
     const int64_t column = n < width ? j + n : j;
-    const float* scale = grid + static_cast<int64_t>(a.group[column]) * 2 * MR;
+    const float *scale = grid + static_cast<int64_t>(a.group[column]) * 2 * MR;
     const float pivot = n < width ? diagonal[n * NR + n] : 1.0f;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
@@ -103,17 +102,17 @@ inline void round_sliver(const SweepArgs& a, const Strip& s, int64_t panel, int6
   }
   const int64_t first = s.first + panel * MR, rows = min64(MR, s.first + s.rows - first);
   for (int64_t r = 0; r < rows; ++r) {
-    uint8_t* out = a.codes + (first + r) * a.ldcodes + j;
+    uint8_t *out = a.codes + (first + r) * a.ldcodes + j;
     for (int64_t n = 0; n < width; ++n) out[n] = static_cast<uint8_t>(code[n][r]);
   }
 }
 
 // p[:, j : j + NR] -= errors[:, k0 : k0 + depth] @ U[k0 : k0 + depth, j : j + NR]
-inline void update_sliver(float* p, const float* pack, int64_t k0, int64_t depth, int64_t j, int64_t width) {
+inline void update_sliver(float *p, const float *pack, int64_t k0, int64_t depth, int64_t j, int64_t width) {
   vec acc[NR][2];
   clear_tile(acc);
   multiply_tile(p + k0 * MR, pack, depth, acc);
-  float* c = p + j * MR;
+  float *c = p + j * MR;
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
     if (n < width) {
@@ -123,12 +122,12 @@ inline void update_sliver(float* p, const float* pack, int64_t k0, int64_t depth
 }
 
 // The columns of block [b, e): everything before b has been subtracted.
-inline void sweep_block(const SweepArgs& a, const Strip& s, int64_t b, int64_t e) {
+inline void sweep_block(const SweepArgs &a, const Strip &s, int64_t b, int64_t e) {
   const int64_t slivers = ceil_div(e - b, NR), stride = NB * NR;
   for (int64_t t = 0; t < slivers; ++t)
     pack_sliver(a, b, min64((t + 1) * NR, e - b), b + t * NR, s.pack + t * stride);
   for (int64_t q = 0; q < s.panels; ++q) {
-    float* p = s.p + q * a.cols * MR;
+    float *p = s.p + q * a.cols * MR;
     vec loss[2] = {};
     for (int64_t t = 0; t < slivers; ++t) {
       const int64_t j = b + t * NR, width = min64(NR, a.cols - j);
@@ -144,7 +143,7 @@ inline void sweep_block(const SweepArgs& a, const Strip& s, int64_t b, int64_t e
   }
 }
 
-inline void sweep_strip(const SweepArgs& a, const Strip& s) {
+inline void sweep_strip(const SweepArgs &a, const Strip &s) {
   load_strip(a, s);
   for (int64_t r = 0; r < s.panels * MR; ++r) s.loss[r] = 0.0;
   for (int64_t b = 0; b < a.cols; b += NB) {
@@ -169,20 +168,20 @@ inline int64_t strip_rows(int64_t rows, int64_t threads) {
   return max64(MR, min64(kStripRows, fair));
 }
 
-bool sweep(const SweepArgs& a) {
+bool sweep(const SweepArgs &a) {
   const int64_t height = strip_rows(a.rows, a.threads), strips = ceil_div(a.rows, height), panels = height / MR;
-  std::atomic<int64_t> next{0}, done{0};
+  int64_t next = 0, done = 0;
   // A thread that gets no memory leaves its strips to the others, so only a machine without any fails.
-#pragma omp parallel num_threads(static_cast<int>(min64(a.threads, strips)))
-  {
-    Scratch p(panels * a.cols * MR), grid(panels * a.groups * 2 * MR), pack(KC * NB), loss(panels * MR * 2);
-    if (p.data() && grid.data() && pack.data() && loss.data())
-      for (int64_t i = next++; i < strips; i = next++, ++done) {
-        const int64_t first = i * height, rows = min64(height, a.rows - first);
-        sweep_strip(a, {first, rows, ceil_div(rows, MR), p.data(), grid.data(), pack.data(),
-                        reinterpret_cast<double*>(loss.data())});
-      }
-  }
+  auto work = [&](int, int) {
+    Scratch p(panels * a.cols * MR * 4), grid(panels * a.groups * 2 * MR * 4), pack(KC * NB * 4), loss(panels * MR * 8);
+    if (!p.as<float>() || !grid.as<float>() || !pack.as<float>() || !loss.as<double>()) return;
+    for (int64_t i = take(&next); i < strips; i = take(&next), take(&done)) {
+      const int64_t first = i * height, rows = min64(height, a.rows - first);
+      sweep_strip(a, {first, rows, ceil_div(rows, MR), p.as<float>(), grid.as<float>(), pack.as<float>(),
+                      loss.as<double>()});
+    }
+  };
+  lgq::parallel(static_cast<int>(min64(a.threads, strips)), work);
   return done == strips;
 }
 

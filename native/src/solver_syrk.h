@@ -2,8 +2,7 @@
 // the upper triangle. Tiles on the diagonal also write a little below it; the caller reads only the triangle.
 #pragma once
 
-#include <atomic>
-
+#include "parallel.h"
 #include "solver.h"
 #include "solver_tile.h"
 #if defined(__AVX512BF16__)
@@ -12,7 +11,7 @@
 
 namespace {
 
-using lightgptq::SyrkArgs;
+using lgq::SyrkArgs;
 
 constexpr int64_t kTokens = 512;  // tokens of one pass: H is read and written once per pass
 
@@ -25,18 +24,18 @@ inline float widen(uint16_t bits) {
 
 // X[t0 : t0 + depth, j : j + Width] as (depth, Width) floats, zero past the last column.
 template <int Width>
-inline void pack_columns(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t j, float* out) {
+inline void pack_columns(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
   const int64_t width = min64(Width, a.cols - j);
   if (width < Width) std::memset(out, 0, static_cast<size_t>(depth) * Width * 4);
   for (int64_t k = 0; k < depth; ++k) {
     if (a.bf16) {
-      const uint16_t* row = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
+      const uint16_t *row = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
       if (width == Width)
         for (int i = 0; i < Width; ++i) out[k * Width + i] = widen(row[i]);
       else
         for (int64_t i = 0; i < width; ++i) out[k * Width + i] = widen(row[i]);
     } else {
-      const float* row = static_cast<const float*>(a.x) + (t0 + k) * a.ldx + j;
+      const float *row = static_cast<const float*>(a.x) + (t0 + k) * a.ldx + j;
       std::memcpy(out + k * Width, row, static_cast<size_t>(width) * 4);
     }
   }
@@ -45,12 +44,12 @@ inline void pack_columns(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t j
 #if defined(__AVX512BF16__)
 // The same for bfloat16 dot products: word (k / 2, i) holds tokens k and k + 1 of column i; depth is padded to even.
 template <int Width>
-inline void pack_pairs(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t j, uint32_t* out) {
+inline void pack_pairs(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, uint32_t *out) {
   const int64_t width = min64(Width, a.cols - j);
   if (width < Width) std::memset(out, 0, static_cast<size_t>(ceil_div(depth, 2)) * Width * 4);
   for (int64_t k = 0; k < depth; k += 2, out += Width) {
-    const uint16_t* even = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
-    const uint16_t* odd = even + a.ldx;
+    const uint16_t *even = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
+    const uint16_t *odd = even + a.ldx;
     if (k + 1 == depth)
       for (int64_t i = 0; i < width; ++i) out[i] = even[i];
     else if (width == Width)
@@ -74,12 +73,12 @@ inline __attribute__((always_inline)) void multiply_pairs(const uint32_t* __rest
 }
 #endif
 
-inline void add_tile(const SyrkArgs& a, int64_t i, int64_t j, const vec (&acc)[NR][2]) {
+inline void add_tile(const SyrkArgs &a, int64_t i, int64_t j, const vec (&acc)[NR][2]) {
   const int64_t height = min64(NR, a.cols - i), width = min64(MR, a.cols - j);
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
     if (n < height) {
-      float* h = a.h + (i + n) * a.ldh + j;
+      float *h = a.h + (i + n) * a.ldh + j;
       if (width == MR) {
         store_u(h, load_u(h) + acc[n][0]);
         store_u(h + kLanes, load_u(h + kLanes) + acc[n][1]);
@@ -92,10 +91,10 @@ inline void add_tile(const SyrkArgs& a, int64_t i, int64_t j, const vec (&acc)[N
 struct FloatProduct {
   static int64_t words(int64_t depth) { return depth; }
   template <int Width>
-  static void pack(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t j, float* out) {
+  static void pack(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
     pack_columns<Width>(a, t0, depth, j, out);
   }
-  static void multiply(const float* a, const float* b, int64_t depth, vec (&acc)[NR][2]) {
+  static void multiply(const float *a, const float *b, int64_t depth, vec (&acc)[NR][2]) {
     multiply_tile(a, b, depth, acc);
   }
 };
@@ -104,10 +103,10 @@ struct FloatProduct {
 struct PairProduct {
   static int64_t words(int64_t depth) { return ceil_div(depth, 2); }
   template <int Width>
-  static void pack(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t j, float* out) {
+  static void pack(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
     pack_pairs<Width>(a, t0, depth, j, reinterpret_cast<uint32_t*>(out));
   }
-  static void multiply(const float* a, const float* b, int64_t depth, vec (&acc)[NR][2]) {
+  static void multiply(const float *a, const float *b, int64_t depth, vec (&acc)[NR][2]) {
     multiply_pairs(reinterpret_cast<const uint32_t*>(a), reinterpret_cast<const uint32_t*>(b), ceil_div(depth, 2), acc);
   }
 };
@@ -115,7 +114,7 @@ struct PairProduct {
 
 // Rows [i0, i0 + NB) of H, for the tokens whose packed columns lie in panels.
 template <class Product>
-void syrk_block(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t i0, const float* panels, float* slivers) {
+void syrk_block(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t i0, const float *panels, float *slivers) {
   const int64_t words = Product::words(depth), end = min64(i0 + NB, a.cols);
   for (int64_t i = i0; i < end; i += NR)
     Product::template pack<NR>(a, t0, depth, i, slivers + (i - i0) / NR * words * NR);
@@ -129,29 +128,31 @@ void syrk_block(const SyrkArgs& a, int64_t t0, int64_t depth, int64_t i0, const 
 }
 
 template <class Product>
-bool syrk_with(const SyrkArgs& a) {
+bool syrk_with(const SyrkArgs &a) {
   const int64_t panels = ceil_div(a.cols, MR), blocks = ceil_div(a.cols, NB);
-  const int64_t words = Product::words(min64(kTokens, a.tokens));
-  Scratch packed(panels * words * MR), slivers(a.threads * words * NB);
-  if (!packed.data() || !slivers.data()) return false;
+  const int64_t words = Product::words(min64(kTokens, a.tokens)), threads = min64(a.threads, blocks);
+  Scratch packed(panels * words * MR * 4), slivers(threads * words * NB * 4);
+  if (!packed.as<float>() || !slivers.as<float>()) return false;
   for (int64_t t0 = 0; t0 < a.tokens; t0 += kTokens) {
     const int64_t depth = min64(kTokens, a.tokens - t0);
-    std::atomic<int64_t> next_panel{0}, next_block{0}, thread{0};
-#pragma omp parallel num_threads(static_cast<int>(a.threads))
-    {
-      float* mine = slivers.data() + thread++ * words * NB;
-      for (int64_t q = next_panel++; q < panels; q = next_panel++)
-        Product::template pack<MR>(a, t0, depth, q * MR, packed.data() + q * Product::words(depth) * MR);
-#pragma omp barrier
+    int64_t next_panel = 0, next_block = 0;
+    auto pack = [&](int, int) {
+      for (int64_t q = take(&next_panel); q < panels; q = take(&next_panel))
+        Product::template pack<MR>(a, t0, depth, q * MR, packed.as<float>() + q * Product::words(depth) * MR);
+    };
+    auto multiply = [&](int thread, int) {
+      float *mine = slivers.as<float>() + thread * words * NB;
       // longest rows first, so that the threads finish together
-      for (int64_t b = next_block++; b < blocks; b = next_block++)
-        syrk_block<Product>(a, t0, depth, b * NB, packed.data(), mine);
-    }
+      for (int64_t b = take(&next_block); b < blocks; b = take(&next_block))
+        syrk_block<Product>(a, t0, depth, b * NB, packed.as<float>(), mine);
+    };
+    lgq::parallel(static_cast<int>(threads), pack);
+    lgq::parallel(static_cast<int>(threads), multiply);
   }
   return true;
 }
 
-bool syrk(const SyrkArgs& a) {
+bool syrk(const SyrkArgs &a) {
 #if defined(__AVX512BF16__)
   if (a.bf16) return syrk_with<PairProduct>(a);
 #endif

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 
 namespace {
 
@@ -23,7 +22,6 @@ constexpr int kLanes = 4, NR = 12;
 constexpr int kLanes = 4, NR = 6;
 #endif
 constexpr int MR = 2 * kLanes;
-constexpr int kSliversPerBlock = 96 / NR;
 constexpr int64_t NB = 96;   // columns of a block: its packed operand (KC x NB floats) stays in the second-level cache
 constexpr int64_t KC = 256;  // depth of one pass: an operand panel (KC x MR floats) is as large as a first-level cache
 
@@ -31,10 +29,10 @@ typedef float vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(kL
 typedef float vec_u __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
 
-inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline vec load_u(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
-inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
-inline void store_u(float* p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
+inline vec load(const float *p) { return *reinterpret_cast<const vec*>(p); }
+inline vec load_u(const float *p) { return *reinterpret_cast<const vec_u*>(p); }
+inline void store(float *p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+inline void store_u(float *p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
 
 // acc[n][:] += sum_k a[k][0:MR] * b[k][n] with a packed (depth, MR) and b packed (depth, NR).
 inline __attribute__((always_inline)) void multiply_tile(const float* __restrict a, const float* __restrict b,
@@ -55,19 +53,25 @@ inline __attribute__((always_inline)) void clear_tile(vec (&acc)[NR][2]) {
   for (int n = 0; n < NR; ++n) acc[n][0] = acc[n][1] = vec{};
 }
 
-// Cache-line aligned memory that frees itself; null data() when there is none to be had.
+// Cache-line aligned memory that frees itself; data() is null when there is none to be had.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, ((static_cast<size_t>(floats) * 4 + 127) / 64) * 64))) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() { return data_; }
+  explicit Scratch(int64_t bytes) : raw_(std::malloc(static_cast<size_t>(bytes) + 64)) {}
+  ~Scratch() { std::free(raw_); }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  template <class T>
+  T *as() {
+    return raw_ ? reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(raw_) + 63) & ~uintptr_t{63}) : nullptr;
+  }
 
  private:
-  float* data_;
+  void *raw_;
 };
+
+// One more of a counter that threads share. A builtin, not std::atomic: an inline function of the standard library that
+// is compiled for one instruction set could be the copy that the linker keeps for all.
+inline int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

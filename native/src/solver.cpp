@@ -1,0 +1,73 @@
+// Entry points of the solver: arguments are checked here, the kernels of the active instruction set do the work.
+#include "solver.h"
+
+#include "isa.h"
+#include "lightgptq.h"
+#include "parallel.h"
+
+namespace lgq {
+namespace {
+
+const SolverKernels &kernels() {
+  switch (active_isa()) {
+#if defined(LGQ_X86)
+    case Isa::avx2:
+      return kSolverAvx2;
+    case Isa::avx512:
+      return kSolverAvx512;
+#elif defined(LGQ_ARM64)
+    case Isa::neon:
+      return kSolverNeon;
+#endif
+    default:
+      return kSolverPortable;
+  }
+}
+
+// 2^20 columns: H alone would be 4 TiB, and no product of sizes below overflows.
+bool size_ok(int64_t n) { return n >= 1 && n <= int64_t{1} << 20; }
+
+lgq_status check_groups(const int32_t *group, int64_t cols, int64_t groups) {
+  for (int64_t i = 0; i < cols; ++i)
+    if (group[i] < 0 || group[i] >= groups) return LGQ_BAD_GROUP;
+  return LGQ_OK;
+}
+
+lgq_status finished(bool ok) { return ok ? LGQ_OK : LGQ_OUT_OF_MEMORY; }
+
+}  // namespace
+}  // namespace lgq
+
+int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int64_t ldu, int64_t rows, int64_t cols,
+                       const float *scales, const int32_t *zeros, int64_t groups, const int32_t *group,
+                       int32_t max_code, uint8_t *codes, int64_t ldcodes, float *err, int64_t lderr, double *loss) {
+  using namespace lgq;
+  if (!w || !u || !scales || !zeros || !group || !codes || !loss) return LGQ_NULL_POINTER;
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || ldw < cols || ldu < cols || ldcodes < cols ||
+      (err && lderr < cols))
+    return LGQ_BAD_SIZE;
+  if (max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
+  if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
+  return finished(kernels().sweep({w, ldw, u, ldu, rows, cols, scales, zeros, group, groups, max_code, codes, ldcodes,
+                                   err, lderr, loss, max_threads()}));
+}
+
+int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t tokens, int64_t cols, int32_t dtype) {
+  using namespace lgq;
+  if (!h || !x) return LGQ_NULL_POINTER;
+  if (dtype != LGQ_F32 && dtype != LGQ_BF16) return LGQ_BAD_DTYPE;
+  if (tokens < 1 || !size_ok(cols) || ldx < cols || ldh < cols) return LGQ_BAD_SIZE;
+  return finished(kernels().syrk({x, ldx, tokens, cols, dtype == LGQ_BF16, h, ldh, max_threads()}));
+}
+
+int32_t lgq_obq(const float *w, const double *hinv, int64_t rows, int64_t cols, const float *scales,
+                const int32_t *zeros, int64_t groups, const int32_t *group, int32_t max_code, uint8_t *codes,
+                double *loss) {
+  using namespace lgq;
+  if (!w || !hinv || !scales || !zeros || !group || !codes || !loss) return LGQ_NULL_POINTER;
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups)) return LGQ_BAD_SIZE;
+  if (max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
+  if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
+  return finished(
+      kernels().obq({w, hinv, rows, cols, scales, zeros, group, groups, max_code, codes, loss, max_threads()}));
+}
