@@ -12,17 +12,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightgptq import native
+from lightgptq.core.gram_cpu import GRAM_DTYPES, add_gram_cpu
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 
+PANEL = 512  # columns multiplied at a time: at 4096 inputs 9/16 of a full product
 CHUNK_VALUES = 1 << 22  # activations converted to float32 at a time: 16 MiB
 LARGEST_DAMP = 1.0
 SMALLEST_DAMP = 1e-6  # where growing starts when damp is 0
 
 
 def add_gram(H: Tensor, X: Tensor) -> None:
-    """``H += X^T X`` in place: H (in, in) float32, X (tokens, in) float32."""
-    H.addmm_(X.t(), X)
+    """``H += X^T X`` in place on and above the diagonal; what is below becomes unspecified.
+
+    H (in, in) float32, X (tokens, in) of any float dtype on H's device. On a CPU the native library takes
+    float32 and bfloat16 as they are; anything else is converted to float32 in bounded chunks.
+    """
+    library = native.load() if H.device.type == "cpu" else None
+    if library is not None and X.dtype in GRAM_DTYPES:
+        add_gram_cpu(library, H, X.contiguous())
+        return
+    for chunk in X.split(max(1, CHUNK_VALUES // H.shape[0])):
+        chunk = chunk.to(torch.float32).contiguous()
+        if library is not None:
+            add_gram_cpu(library, H, chunk)
+        else:
+            add_gram_torch(H, chunk)
+
+
+def add_gram_torch(H: Tensor, X: Tensor) -> None:
+    """``add_gram`` in plain PyTorch, one product per panel of columns: H and X float32."""
+    for start in range(0, H.shape[0], PANEL):
+        H[start : start + PANEL, start:].addmm_(X[:, start : start + PANEL].t(), X[:, start:])
+
+
+def mirror_upper(H: Tensor) -> None:
+    """Copies what is above the diagonal of ``H`` (in, in) below it, in place and without a second matrix."""
+    for start in range(0, H.shape[0], PANEL):
+        end = min(start + PANEL, H.shape[0])
+        H[end:, start:end] = H[start:end, end:].t()
+        corner = H[start:end, start:end].triu()
+        H[start:end, start:end] = corner + corner.triu(1).t()
 
 
 class HessianAccumulator:
@@ -45,9 +76,7 @@ class HessianAccumulator:
         if X.dim() == 0 or X.shape[-1] != in_features:
             raise QuantizationError(f"activations {tuple(X.shape)} do not end in {in_features} features")
         X = X.detach().reshape(-1, in_features)
-        step = max(1, CHUNK_VALUES // in_features)
-        for chunk in X.split(step):
-            add_gram(self.H, chunk.to(self.H.device, torch.float32))
+        add_gram(self.H, X.to(self.H.device))
         self.tokens += X.shape[0]
         # A sum of squares is finite only if every value was: O(in) instead of another pass over X.
         bad = int((~torch.isfinite(self.H.diagonal())).sum())
@@ -63,7 +92,8 @@ class HessianAccumulator:
             raise QuantizationError(
                 "no calibration token reached this layer; use more text or skip it with a rule"
             )
-        return self.H.add_(self.H.t().clone()).mul_(0.5)
+        mirror_upper(self.H)
+        return self.H
 
 
 @dataclass

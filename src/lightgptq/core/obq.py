@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightgptq import native
 from lightgptq.core.grid import Grid, check_weight, dequantize_codes, fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.obq_cpu import obq_cpu
 from lightgptq.core.rtn import quadratic_loss
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.types import QuantizedWeight
@@ -50,15 +52,26 @@ def obq(
     U = torch.empty_like(factor.U)
     U[:, factor.perm] = factor.U  # columns back in original order: H^-1 = U^T U
     Hinv = (U.double().t() @ U.double()).contiguous()
-    scales, zeros = grid.scales[g_idx.long()].t().contiguous(), grid.zeros[g_idx.long()].t().contiguous()
-    step = max(1, ROWS_BYTES // (8 * Hinv.numel()))
-    chunks = [
-        _solve_rows(W[i : i + step], Hinv, scales[i : i + step], zeros[i : i + step], scheme.max_code)
-        for i in range(0, W.shape[0], step)
-    ]
-    codes = torch.cat(chunks)
+    library = native.load() if W.device.type == "cpu" else None
+    if library is not None:
+        codes, _ = obq_cpu(library, W, Hinv, grid, g_idx, scheme.max_code)
+    else:
+        codes = obq_torch(W, Hinv, grid, g_idx, scheme.max_code)
     loss = quadratic_loss(W - dequantize_codes(codes, grid, g_idx), H)
     return QuantizedWeight(codes, grid.scales.half(), grid.zeros, g_idx, scheme.bits, loss)
+
+
+def obq_torch(W: Tensor, Hinv: Tensor, grid: Grid, g_idx: Tensor, max_code: int) -> Tensor:
+    """Codes uint8 (out, in) in plain PyTorch on any device, float64, a chunk of rows at a time: the reference
+    for native ones."""
+    group = g_idx.long()
+    scales, zeros = grid.scales[group].t().contiguous(), grid.zeros[group].t().contiguous()
+    step = max(1, ROWS_BYTES // (8 * Hinv.numel()))
+    chunks = [
+        _solve_rows(W[i : i + step], Hinv, scales[i : i + step], zeros[i : i + step], max_code)
+        for i in range(0, W.shape[0], step)
+    ]
+    return torch.cat(chunks)
 
 
 def _solve_rows(W: Tensor, Hinv: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
