@@ -106,7 +106,7 @@ class OutputFolder:
             same = False
         if not same:  # held by another process, or removed by one that was just publishing
             os.close(lock)
-XX
+            raise CheckpointError(f"{self.partial}: another process writes it; wait or choose another folder")
         return lock
 
 
