@@ -138,7 +138,7 @@ class HubRepo:
             ) from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise CheckpointError(
-                f"{self.label}: neither a folder here nor a model repository on the hub that you can read"
+                f"{self.label}: neither a folder here nor a hub repository that you can read"
             ) from error
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
             raise CheckpointError(f"{self.label}: {name} could not be downloaded: {error}") from error
