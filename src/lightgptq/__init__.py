@@ -1,3 +1,29 @@
-"""GPTQ for any Hugging Face Transformers language model."""
+"""GPTQ for any Hugging Face Transformers language model.
 
-__version__ = "0.1.0"
+>>> import lightgptq
+>>> report = lightgptq.quantize("path/to/model", "out", lightgptq.QuantScheme(bits=4))  # doctest: +SKIP
+>>> model = lightgptq.load("out")  # doctest: +SKIP
+"""
+
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import LightGPTQError
+from lightgptq.evaluation.result import EvalResult, evaluate
+from lightgptq.hf import load
+from lightgptq.linear import QuantLinear
+from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.report import QuantReport
+from lightgptq.quantization.run import quantize
+from lightgptq.version import __version__
+
+__all__ = [
+    "CalibrationSet",
+    "EvalResult",
+    "LightGPTQError",
+    "QuantLinear",
+    "QuantReport",
+    "QuantScheme",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+]

@@ -1,0 +1,5 @@
+"""The command line: one subcommand for each public function."""
+
+from lightgptq.cli.app import main
+
+__all__ = ["main"]

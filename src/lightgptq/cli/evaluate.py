@@ -1,0 +1,49 @@
+"""``lightgptq eval``: perplexity, and the distance to a reference."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lightgptq.cli.output import human_bytes, show_fields, show_json
+from lightgptq.evaluation.result import evaluate
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name, quantized or not.")],
+    reference: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
+    text: Annotated[str, typer.Option(help="pydoc, FILE.txt, FILE.jsonl, or a hub dataset.")] = "pydoc",
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Window; default 2048 or the context.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the beginning of the text.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto: activations.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Measure MODEL on a text: perplexity and, with --reference, KL divergence and top-1 agreement."""
+    result = evaluate(
+        model,
+        text,
+        reference=reference,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        show_json(result.to_dict())
+        return
+    fields = {"perplexity": f"{result.perplexity:.4f}", "tokens": f"{result.tokens}"}
+    if result.kl is not None and result.top1_agreement is not None:
+        fields["KL to reference"] = f"{result.kl:.5f} nats per token"
+        fields["top-1 agreement"] = f"{result.top1_agreement:.4f}"
+    if result.bits_per_weight is not None and result.size_bytes is not None:
+        fields["bits per weight"] = f"{result.bits_per_weight:.3f}"
+        fields["size"] = human_bytes(result.size_bytes)
+    show_fields(fields)

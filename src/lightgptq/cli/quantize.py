@@ -1,0 +1,201 @@
+"""``lightgptq quantize``: options in, progress out."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from lightgptq.cli.output import show_json
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.quantization.budget import parse_bytes
+from lightgptq.quantization.progress import Listener, silent
+from lightgptq.quantization.progress import Progress as Step
+from lightgptq.quantization.report import ModuleRecord, QuantReport
+from lightgptq.quantization.run import quantize
+
+
+class Method(str, Enum):
+    """Solvers."""
+
+    gptq = "gptq"
+    rtn = "rtn"
+    obq = "obq"
+
+
+class Format(str, Enum):
+    """Conventions for stored zeros."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+
+
+class Dtype(str, Enum):
+    """Arithmetic of the blocks while calibrating."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder or hub name of the model.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for the checkpoint; must be new or empty.")
+    ],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1 for all of a row.")] = 128,
+    sym: Annotated[
+        bool, typer.Option("--sym/--no-sym", help="Symmetric grid, or one zero per group.")
+    ] = True,
+    act_order: Annotated[
+        bool, typer.Option("--act-order/--no-act-order", help="Solve important inputs first.")
+    ] = True,
+    static_groups: Annotated[
+        bool,
+        typer.Option(
+            "--static-groups/--no-static-groups",
+            help="Fix scales before solving; keeps groups of neighbours.",
+        ),
+    ] = True,
+    method: Annotated[Method, typer.Option(help="gptq, or the baselines rtn and obq.")] = Method.gptq,
+    calibration: Annotated[
+        str, typer.Option(help="pydoc, FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG][@SPLIT].")
+    ] = "pydoc",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each; default 2048 or the context.")
+    ] = None,
+    damp: Annotated[float, typer.Option(help="Share of the mean diagonal added to the Hessian.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Where the windows lie; 0 spreads them evenly.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Arithmetic of the blocks while calibrating.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Stay below, e.g. 2.5GB; default: what is free.", metavar="BYTES")
+    ] = None,
+    checkpoint_format: Annotated[
+        Format, typer.Option("--format", help="How zeros are stored.")
+    ] = Format.gptq,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="REGEX=bits:8,group_size:32 or REGEX=skip; repeatable, the first match decides."),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail when a module is not solved as asked.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget a half-finished or finished OUT.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Quantize SRC and write a GPTQ checkpoint to OUT. A killed run goes on when started again."""
+    scheme = QuantScheme(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        method=method.value,
+        act_order=act_order,
+        static_groups=static_groups,
+        damp=damp,
+    )
+    console = Console(stderr=True)
+    with ProgressDisplay(console, enabled=not as_json) as listener:
+        report = quantize(
+            src,
+            out,
+            scheme,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            rules=tuple(rule or ()),
+            lm_head=lm_head,
+            checkpoint_format=checkpoint_format.value,
+            dtype=dtype.value,
+            device=device,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
+            strict=strict,
+            restart=restart,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            listener=listener,
+        )
+    if as_json:
+        show_json({"out": str(report.out), "seconds": round(report.seconds, 3), **report.to_dict()})
+    else:
+        _summarise(report, console)
+
+
+class ProgressDisplay:
+    """Draws the steps of a run on a console; a bar over blocks, the module at work, and notes above it."""
+
+    def __init__(self, console: Console, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Listener:
+        if not self.enabled:
+            return silent
+        self.progress.start()
+        self.task = self.progress.add_task("preparing", total=None)
+        return self._step
+
+    def __exit__(self, *exception: object) -> None:
+        if self.enabled:
+            self.progress.stop()
+
+    def _step(self, step: Step) -> None:
+        if step.note is not None:
+            self.progress.console.print(step.note, markup=False, highlight=False)
+        self.progress.update(self.task, total=step.blocks, completed=step.block, description=_describe(step))
+
+
+def _describe(step: Step) -> str:
+    if step.record is None:
+        return step.stage
+    loss = step.record.relative_loss
+    return step.record.name + (f"  loss {loss:.2e}" if loss is not None else "")
+
+
+def _summarise(report: QuantReport, console: Console) -> None:
+    losses = [m.relative_loss for m in report.modules if m.relative_loss is not None]
+    worst = f", largest relative loss {max(losses):.2e}" if losses else ""
+    console.print(
+        f"{report.out}: {len(report.modules)} linears quantized in {report.seconds:.1f} s{worst}",
+        markup=False,
+        highlight=False,
+    )
+    if report.problems:
+        console.print(f"{len(report.problems)} not solved as asked:", style="yellow")
+        for record in report.problems[:20]:
+            console.print(_problem_line(record), markup=False, highlight=False)
+        if len(report.problems) > 20:
+            console.print(f"  ... all of them are in {report.out}/quant_report.json", markup=False)
+
+
+def _problem_line(record: ModuleRecord) -> str:
+    return f"  {record.name}: {record.problem}"

@@ -1,0 +1,187 @@
+"""load(): a checkpoint as a Transformers model, quantized linears in place."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lightgptq.checkpoint.config import GPTQCheckpointConfig
+from lightgptq.checkpoint.packing import detect_checkpoint_format
+from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.errors import CheckpointError, UsageError
+from lightgptq.linear import QuantLinear
+from lightgptq.skeleton import build_empty_model, fill_buffers, load_config, local_folder, map_names
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    mode: str = "exact",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a GPTQ checkpoint of any tool, or an unquantized model, from a folder or the hub.
+
+    dtype   of activations and unquantized weights: "auto" is the checkpoint's own, or "float32", "bfloat16", "float16"
+    device  "auto" (a GPU if there is one), "cpu", "cuda", ...
+    mode    arithmetic of the quantized products, "exact" or "int8", see `ops.quant_matmul`
+
+    Returns a Transformers model in evaluation mode; ``generate`` works. Raises CheckpointError or
+    UnsupportedModelError with one sentence.
+    """
+    reader = CheckpointReader.open(checkpoint, revision)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not supported; choose auto, {', '.join(DTYPES)}")
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    quantization = reader.quantization_config()
+    if quantization is None:
+        folder = str(local_folder(reader))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder if Path(checkpoint).is_dir() else str(checkpoint),
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        model.to(torch.device(device))
+        return model.eval()
+    return _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
+
+
+def _load_quantized(
+    reader: CheckpointReader,
+    quantization: GPTQCheckpointConfig,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    mode: str,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    config = load_config(reader, trust_remote_code=trust_remote_code)
+    chosen = dtype if isinstance(dtype, torch.dtype) else _config_dtype(config)
+    model = build_empty_model(config, dtype=chosen, trust_remote_code=trust_remote_code)
+    fill_buffers(model, device)
+    insert_quant_linears(model, reader, quantization, mode)
+    sources = map_names(model, reader.names())
+    missing = [name for name in model.state_dict() if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"{reader.label} does not hold {missing[0]} ({len(missing)} missing in all), which {type(model).__name__} needs"
+        )
+    _fill(model, reader, sources, chosen, device)
+    model.tie_weights()
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.prepare()
+    if model.can_generate() and (local_folder(reader) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(local_folder(reader)))
+    model.config.name_or_path = str(local_folder(reader))
+    return model.eval()
+
+
+def insert_quant_linears(
+    model: nn.Module, reader: CheckpointReader, quantization: GPTQCheckpointConfig, mode: str = "exact"
+) -> list[str]:
+    """Replace each linear whose ``.qweight`` the checkpoint holds by a QuantLinear on ``meta``; returns their names.
+
+    Which modules are quantized shows in the file; how, in the config. Raises CheckpointError when the two contradict
+    each other, or nothing fits the model.
+    """
+    modules = dict(model.named_modules())
+    prefix = getattr(model, "base_model_prefix", "")
+    replaced = []
+    for name in reader.names():
+        if not name.endswith(".qweight"):
+            continue
+        written = name.removesuffix(".qweight")
+        module = next(
+            (m for m in (written, f"{prefix}.{written}", written.removeprefix(f"{prefix}.")) if m in modules),
+            None,
+        )
+        if module is None or not isinstance(modules[module], nn.Linear):
+            raise CheckpointError(
+                f"{reader.label}: {name} belongs to no linear layer of {type(model).__name__}"
+            )
+        scheme = quantization.scheme_for(module)
+        if scheme is None:
+            raise CheckpointError(
+                f"{reader.label}: {name} exists, but the config says that {module} is not quantized"
+            )
+        linear = modules[module]
+        assert isinstance(linear, nn.Linear)
+        layer = QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            scheme.bits,
+            scheme.group_size,
+            linear.bias is not None,
+            checkpoint_format=_zero_format(reader, written, quantization, scheme.bits, scheme.sym),
+            mode=mode,
+            device="meta",
+        )
+        parent, _, leaf = module.rpartition(".")
+        setattr(modules[parent], leaf, layer)
+        replaced.append(module)
+    if not replaced:
+        raise CheckpointError(f"{reader.label} has a GPTQ config but no quantized weights")
+    return replaced
+
+
+def _zero_format(
+    reader: CheckpointReader, written: str, quantization: GPTQCheckpointConfig, bits: int, sym: bool
+) -> str:
+    """The convention of this module's zeros, which the file's constant decides where the label may be wrong."""
+    if not sym:
+        return quantization.checkpoint_format
+    qzeros = reader.tensor(f"{written}.qzeros")
+    out_features = reader.shape(f"{written}.scales")[1]
+    finding = detect_checkpoint_format(qzeros, bits, out_features, sym, quantization.checkpoint_format)
+    if finding.message is not None:
+        logger.warning("%s: %s: %s", reader.label, written, finding.message)
+    return finding.checkpoint_format
+
+
+def _fill(
+    model: nn.Module,
+    reader: CheckpointReader,
+    sources: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Read every tensor into the model; those of quantized linears keep the checkpoint's dtype."""
+    for path, module in model.named_modules():
+        packed = isinstance(module, QuantLinear)
+        for table in (module._parameters, module._buffers):
+            for name, slot in table.items():
+                if slot is None or not slot.is_meta:
+                    continue
+                source = sources[f"{path}.{name}" if path else name]
+                value = reader.tensor(source)
+                if tuple(value.shape) != tuple(slot.shape) or (
+                    packed and name != "bias" and value.dtype != slot.dtype
+                ):
+                    raise CheckpointError(
+                        f"{reader.label}: {source} is {value.dtype} {tuple(value.shape)}, "
+                        f"the config asks for {slot.dtype} {tuple(slot.shape)}"
+                    )
+                if value.is_floating_point() and not (packed and name == "scales"):
+                    value = value.to(dtype)
+                value = value.to(device)
+                table[name] = (
+                    nn.Parameter(value, requires_grad=False) if isinstance(slot, nn.Parameter) else value
+                )
+
+
+def _config_dtype(config: object) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

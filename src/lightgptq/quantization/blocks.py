@@ -1,0 +1,191 @@
+"""Decoder blocks: finding them in any model, and reaching one without running those before it.
+
+Nothing here knows an architecture. The model's own forward decides what a block is called with: to *enter* block k, the
+whole model is run with every earlier block replaced by a stub that hands on stored hidden states, and stopped at the
+door of block k. Masks, position embeddings and the like come out as the model's code makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightgptq.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """One repeated layer of the model: its position, its name in the model (``model.layers.3``) and the module."""
+
+    index: int
+    name: str
+    module: nn.Module
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The block's linear layers by their name inside it."""
+        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def find_blocks(model: nn.Module) -> list[DecoderBlock]:
+    """The decoder blocks: items of the outermost ``ModuleList`` that holds most of the model's linear weights.
+
+    Raises UnsupportedModelError when no list of modules holds linear layers.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or module in inside:
+            continue
+        weight = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        if weight:
+            inside.update(module.modules())
+            if best is None or weight > best[0]:
+                best = (weight, name, module)
+    if best is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of layers with linear weights; "
+            "lightgptq quantizes models built of repeated blocks"
+        )
+    return [DecoderBlock(i, f"{best[1]}.{i}", block) for i, block in enumerate(best[2])]
+
+
+class BlockOutput:
+    """What a block returns, as a pattern: where the hidden states go, and what else is handed on with them.
+
+    Beside its hidden states a block may return things that later blocks want (T5's position bias) or that nobody wants
+    (attention weights). Those that do not depend on the batch are kept; the others are replaced by None.
+    """
+
+    def __init__(self, spec: pytree.TreeSpec, leaves: list[Any], slot: int) -> None:
+        self.spec, self.leaves, self.slot = spec, leaves, slot
+
+    @classmethod
+    def of(cls, output: Any, shape: tuple[int, ...]) -> BlockOutput:
+        """The pattern of ``output``: hidden states are its first floating tensor of the given shape."""
+        leaves, spec = pytree.tree_flatten(output)
+        for slot, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and tuple(leaf.shape) == shape:
+                kept = [None if i == slot else leaf for i, leaf in enumerate(leaves)]
+                return cls(spec, kept, slot)
+        raise UnsupportedModelError(f"a block returned nothing shaped like its input {shape}")
+
+    def take(self, output: Any) -> Tensor:
+        """The hidden states in another batch's output; forgets companions that differ from the first batch's."""
+        leaves, _ = pytree.tree_flatten(output)
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and not _same(leaf, leaves[i]):
+                self.leaves[i] = None
+        return leaves[self.slot]
+
+    def give(self, hidden: Tensor) -> Any:
+        """An output with these hidden states."""
+        leaves = [hidden if i == self.slot else leaf for i, leaf in enumerate(self.leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for `torch.save`."""
+        return {"spec": pytree.treespec_dumps(self.spec), "leaves": self.leaves, "slot": self.slot}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> BlockOutput:
+        """The inverse of `state`."""
+        return cls(pytree.treespec_loads(state["spec"]), state["leaves"], state["slot"])
+
+
+def _same(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@dataclass
+class BlockInput:
+    """The arguments that the model calls a block with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def hidden(self) -> Tensor:
+        """The hidden states: the first floating tensor among positional, then keyword arguments."""
+        return first_floating(self.args, self.kwargs)
+
+    def share_with(self, other: BlockInput) -> None:
+        """Use ``other``'s tensors wherever they hold the same values, so that masks exist once for all batches."""
+        mine, spec = pytree.tree_flatten((self.args, self.kwargs))
+        theirs, _ = pytree.tree_flatten((other.args, other.kwargs))
+        if len(mine) == len(theirs):
+            mine = [
+                t if isinstance(m, Tensor) and _same(m, t) else m for m, t in zip(mine, theirs, strict=True)
+            ]
+            self.args, self.kwargs = pytree.tree_unflatten(mine, spec)
+
+
+def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first floating tensor of a call; raises UnsupportedModelError when there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise UnsupportedModelError("a block was called without hidden states")
+
+
+class _Door(BaseException):
+    """Leaves the model's forward at the block that was to be reached; not an Exception, so that no handler eats it."""
+
+    def __init__(self, entered: BlockInput) -> None:
+        super().__init__()
+        self.entered = entered
+
+
+class BlockWalk:
+    """Reaches the blocks of a model one after the other.
+
+    model    with everything outside the blocks materialised
+    blocks   from `find_blocks`
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[DecoderBlock]) -> None:
+        self.model, self.blocks = model, blocks
+        self.output: BlockOutput | None = None  # pattern of the block before the next one
+
+    def enter(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> BlockInput:
+        """What block ``index`` is called with for one batch.
+
+        input_ids int64 (batch, seq_len); hidden (batch, seq_len, hidden) left the block before, None for the first.
+        """
+        try:
+            with self._stubs(index, hidden, stop=True):
+                self.model(input_ids=input_ids)
+        except _Door as door:
+            return door.entered
+        raise UnsupportedModelError(f"the model's forward never called {self.blocks[index].name}")
+
+    def leave(self, input_ids: Tensor, hidden: Tensor) -> Any:
+        """Run the model from the output of its last block to its end; what its forward returns."""
+        with self._stubs(len(self.blocks), hidden, stop=False):
+            return self.model(input_ids=input_ids)
+
+    @contextmanager
+    def _stubs(self, index: int, hidden: Tensor | None, *, stop: bool) -> Iterator[None]:
+        def stub_for(block: DecoderBlock) -> Callable[..., Any]:
+            def stub(*args: Any, **kwargs: Any) -> Any:
+                if stop and block.index == index:
+                    raise _Door(BlockInput(args, kwargs))
+                assert self.output is not None
+                passed = hidden if block.index == index - 1 else first_floating(args, kwargs)
+                assert passed is not None
+                return self.output.give(passed)
+
+            return stub
+
+        touched = self.blocks[: index + 1]
+        for block in touched:
+            block.module.forward = stub_for(block)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in touched:
+                del block.module.forward

@@ -1,0 +1,91 @@
+"""CalibrationFlow: the calibration batches on their way from block to block, through files in the work folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lightgptq.quantization.activations import ActivationStore
+from lightgptq.quantization.blocks import BlockInput, BlockOutput, BlockWalk, DecoderBlock
+from lightgptq.quantization.workfolder import WorkFolder
+from lightgptq.skeleton import ModelSkeleton
+
+Ways = tuple[Callable[[int], BlockInput], Callable[[int, Any], None]]
+
+
+class CalibrationFlow:
+    """Hands out the arguments of each block and takes what it returns.
+
+    batches  int64 (windows, seq_len) each
+    """
+
+    def __init__(self, skeleton: ModelSkeleton, blocks: list[DecoderBlock], batches: list[Tensor]) -> None:
+        self.skeleton, self.batches = skeleton, batches
+        self.walk = BlockWalk(skeleton.model, blocks)
+        self.folder: WorkFolder | None = None
+        self.store: ActivationStore | None = None  # what left the last finished block
+
+    def begin(self, folder: WorkFolder, last: int) -> None:
+        """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
+        self.folder = folder
+        if last >= 0:
+            self.store, self.walk.output = folder.load_pattern(last)
+        folder.forget_before(last)
+
+    @contextmanager
+    def through(self, block: DecoderBlock, *, keep: bool = True) -> Iterator[Ways]:
+        """Functions for one pass through ``block``: batch index -> arguments, and (batch index, output) -> None.
+
+        When the context ends, the outputs are on disk and the next block can be entered; not so with ``keep`` False.
+        """
+        assert self.folder is not None
+        first: BlockInput | None = None
+        pattern: BlockOutput | None = None
+        following: ActivationStore | None = None
+
+        def inputs(index: int) -> BlockInput:
+            nonlocal first
+            entered = self.walk.enter(block.index, self._ids(index), self._hidden(index))
+            if first is None:
+                first = BlockInput(entered.args, entered.kwargs)
+            else:
+                entered.share_with(first)
+            return entered
+
+        def output(index: int, returned: Any) -> None:
+            nonlocal pattern, following
+            if pattern is None or following is None:
+                assert first is not None
+                assert self.folder is not None
+                features = first.hidden().shape[2:]
+                shapes = [(*ids.shape, *features) for ids in self.batches]
+                pattern = BlockOutput.of(returned, shapes[index])
+                hidden = pattern.take(returned)
+                following = self.folder.store(block.index, shapes, hidden.dtype)
+            following.write(index, pattern.take(returned))
+
+        yield inputs, output
+        if keep:
+            assert pattern is not None
+            assert following is not None
+            following.sync()
+            self.folder.save_pattern(block.index, following, pattern)
+            if self.store is not None:
+                self.store.close()
+            self.store, self.walk.output = following, pattern
+
+    def leave(self) -> None:
+        """Run the model from the output of its last block to its end, for every batch."""
+        for index in range(len(self.batches)):
+            hidden = self._hidden(index)
+            assert hidden is not None
+            self.walk.leave(self._ids(index), hidden)
+
+    def _ids(self, index: int) -> Tensor:
+        return self.batches[index].to(self.skeleton.device)
+
+    def _hidden(self, index: int) -> Tensor | None:
+        return None if self.store is None else self.store.read(index, self.skeleton.device)

@@ -1,0 +1,33 @@
+"""What a run tells while it goes on; the command line draws it, Python users may listen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightgptq.quantization.report import ModuleRecord
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step forward.
+
+    block   position of the decoder block at work, from 0; equal to ``blocks`` at the output head and while finishing
+    blocks  how many there are
+    stage   "resume", "read", "probe", "solve", "copy" or "publish"
+    record  the module that has just been solved, with stage "solve"
+    note    a sentence for the user, or None
+    """
+
+    block: int
+    blocks: int
+    stage: str
+    record: ModuleRecord | None = None
+    note: str | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """A listener that ignores everything."""

@@ -1,0 +1,327 @@
+"""The main job: a Hugging Face language model in, a GPTQ checkpoint out, one decoder block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from lightgptq.checkpoint.config import GPTQCheckpointConfig
+from lightgptq.checkpoint.output import OutputFolder
+from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.checkpoint.writer import ShardWriter
+from lightgptq.core.hessian import HessianAccumulator
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import CalibrationError, QuantizationError, UsageError
+from lightgptq.quantization.blocks import DecoderBlock, find_blocks
+from lightgptq.quantization.budget import activation_budget
+from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.flow import CalibrationFlow
+from lightgptq.quantization.groups import LinearGroup, discover_groups
+from lightgptq.quantization.passes import BlockPass
+from lightgptq.quantization.pause import on_input
+from lightgptq.quantization.plan import QuantPlan, parse_rules
+from lightgptq.quantization.progress import Listener, Progress, silent
+from lightgptq.quantization.report import REPORT_FILE, QuantReport
+from lightgptq.quantization.solve import GroupSolver
+from lightgptq.quantization.workfolder import WorkFolder, find_finished
+from lightgptq.skeleton import ModelSkeleton, local_folder
+from lightgptq.texts import Text
+from lightgptq.version import __version__
+
+BATCH_TOKENS = 4096
+DEFAULT_SEQ_LEN = 2048
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quantize(
+    src: str | Path,
+    out: str | Path,
+    scheme: QuantScheme | None = None,
+    *,
+    calibration: str | Text | CalibrationSet = "pydoc",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    rules: tuple[str, ...] = (),
+    lm_head: bool = False,
+    checkpoint_format: str = "gptq",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_memory: int | None = None,
+    strict: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = 5 << 30,
+    listener: Listener = silent,
+) -> QuantReport:
+    """Quantize a model from a folder or the hub and publish the checkpoint at ``out``.
+
+    A run that was killed goes on from its last finished block when called again with the same arguments, and ends with
+    the same bytes.
+
+    scheme       of every linear in the decoder blocks; default 4 bits, group size 128
+    calibration  text specification (see `texts`), Text, or windows of token ids
+    samples, seq_len, seed  windows to cut out of the text; seq_len defaults to 2048 or the model's context if shorter
+    rules        "REGEX=bits:8,group_size:32" or "REGEX=skip", the first that matches a module's name decides
+    lm_head      quantize the output head too
+    checkpoint_format  "gptq" or "gptq_v2"
+    dtype        what the blocks compute in while calibrating: "auto" (the checkpoint's, float32 instead of float16 on a
+                 CPU), "float32", "bfloat16" or "float16"
+    device       "auto", "cpu", "cuda", "cuda:1", ...
+    max_memory   bytes that the process (on a GPU: its allocations) should stay below; decides how activations are held
+    strict       raise at the first module that could not be solved as asked
+    restart      forget a half-finished or finished run at ``out``
+
+    Returns the report, which is also saved beside the checkpoint. Raises a LightGPTQError; nothing is then published.
+    """
+    started = time.perf_counter()
+    scheme, out = scheme or QuantScheme(), Path(out)
+    reader = CheckpointReader.open(str(src), revision=revision)
+    if Path(src).exists() and out.resolve() == Path(src).resolve():
+        raise UsageError(f"OUT {out} is the source itself; give another folder")
+    target = _device(device)
+    config = GPTQCheckpointConfig.from_scheme(
+        scheme,
+        version=__version__,
+        checkpoint_format=checkpoint_format,
+        dynamic=parse_rules(rules),
+        lm_head=lm_head,
+    )
+    compute = _dtype(dtype, reader, target)
+    skeleton = ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
+    blocks = find_blocks(skeleton.model)
+    plan = QuantPlan.build(skeleton, blocks, config, scheme)
+    windows = None
+    if any(s.method != "rtn" for s in plan.schemes.values()):
+        windows = _windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
+    flow = CalibrationFlow(skeleton, blocks, windows.batches(BATCH_TOKENS)) if windows is not None else None
+    job = {
+        "lightgptq": __version__,
+        "scheme": scheme.to_dict(),
+        "rules": list(rules),
+        "lm_head": lm_head,
+        "checkpoint_format": checkpoint_format,
+        "dtype": str(compute).removeprefix("torch."),
+        "device": target.type,
+        "calibration": windows.identity() if windows is not None else {},
+        "max_shard_bytes": max_shard_bytes,
+        "source": reader.fingerprint(),
+    }
+    job = json.loads(json.dumps(job))
+    report = find_finished(out, job, restart=restart)
+    if report is None:
+        run = QuantizeRun(skeleton, blocks, plan, flow, job, strict=strict, listener=listener)
+        with OutputFolder(out, replace=restart) as output:
+            if restart:
+                output.discard()
+            report = run.execute(output, max_memory, max_shard_bytes)
+    else:
+        listener(
+            Progress(len(blocks), len(blocks), "publish", note=f"{out} is already finished; nothing to do")
+        )
+    report.out, report.seconds = out, time.perf_counter() - started
+    return report
+
+
+class QuantizeRun:
+    """One run over the blocks of one model; see `quantize`."""
+
+    def __init__(
+        self,
+        skeleton: ModelSkeleton,
+        blocks: list[DecoderBlock],
+        plan: QuantPlan,
+        flow: CalibrationFlow | None,
+        job: dict[str, Any],
+        *,
+        strict: bool,
+        listener: Listener,
+    ) -> None:
+        self.skeleton, self.blocks, self.plan, self.flow, self.job = skeleton, blocks, plan, flow, job
+        self.strict, self.listener = strict, listener
+        self.groups: dict[tuple[Any, ...], list[LinearGroup]] = {}
+        self.at = 0
+
+    @torch.no_grad()
+    def execute(self, output: OutputFolder, max_memory: int | None, max_shard_bytes: int) -> QuantReport:
+        """Go on from the last finished block, or start, and publish."""
+        folder = WorkFolder(output.partial)
+        journal = folder.journal(self.job)
+        layout = self.plan.layout(self.skeleton)
+        with ShardWriter(output, layout.entries, max_shard_bytes=max_shard_bytes) as writer:
+            for record in (record for block in journal.done for record in block):
+                writer.mark_written(
+                    spec.name for spec in self.plan.packed_entries(self.skeleton, record.name)
+                )
+            self._begin(folder, len(journal.done))
+            for block in self.blocks[len(journal.done) :]:
+                self.at = block.index
+                self._tell("read")
+                self.skeleton.materialise(block.module, block.name)
+                solver = GroupSolver(
+                    self.skeleton, self.plan, writer, strict=self.strict, notify=self._solved
+                )
+                self._quantize_block(block, solver, max_memory)
+                self.skeleton.release(block.module)
+                writer.sync()
+                journal.block_done(solver.records)
+                if self.flow is not None:
+                    folder.forget_before(block.index)
+            self.at = len(self.blocks)
+            if self.plan.head is not None and len(journal.done) == len(self.blocks):
+                solver = GroupSolver(
+                    self.skeleton, self.plan, writer, strict=self.strict, notify=self._solved
+                )
+                self._quantize_head(self.plan.head, solver)
+                writer.sync()
+                journal.block_done(solver.records)
+            self._tell("copy")
+            for name, source in layout.biases.items():
+                writer.write(name, self.skeleton.reader.tensor(source).half())
+            for name, source in layout.copies.items():
+                writer.write_stream(name, self.skeleton.reader.stream(source))
+            report = QuantReport(self.job, [record for block in journal.done for record in block])
+            self._tell("publish")
+            writer.finish(self._files(report))
+        return report
+
+    def _begin(self, folder: WorkFolder, done: int) -> None:
+        if done:
+            self.at = min(done, len(self.blocks))
+            self._tell("resume", f"going on after block {self.at} of {len(self.blocks)}")
+        if self.flow is not None:
+            self.skeleton.materialise_outside({b.module for b in self.blocks})
+            self.flow.begin(folder, min(done, len(self.blocks)) - 1)
+
+    def _quantize_block(self, block: DecoderBlock, solver: GroupSolver, max_memory: int | None) -> None:
+        linears = {n: m for n, m in block.linears().items() if f"{block.name}.{n}" in self.plan.schemes}
+        if self.flow is None:
+            for name, linear in linears.items():
+                solver.solve({f"{block.name}.{name}": linear}, None)
+            return
+
+        def solve(group: LinearGroup, hessian: HessianAccumulator | None, problem: str | None) -> None:
+            solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, hessian, problem)
+
+        groups = self._groups(block, linears)
+        waiting = max((g.live_bytes for g in groups), default=0) * len(self.flow.batches)
+        budget = activation_budget(max_memory, self.skeleton.device, _workspace_bytes(linears.values()))
+        with self.flow.through(block) as (inputs, output):
+            BlockPass(
+                block, groups, inputs=inputs, batches=len(self.flow.batches), solve=solve, output=output
+            ).run(replay=waiting > budget)
+
+    def _groups(self, block: DecoderBlock, linears: dict[str, nn.Linear]) -> list[LinearGroup]:
+        """The block's groups; blocks of one class with the same linears share one probe."""
+        assert self.flow is not None
+        signature = (type(block.module), *((n, m.weight.shape) for n, m in linears.items()))
+        if signature not in self.groups:
+            self._tell("probe")
+            with self.flow.through(block, keep=False) as (inputs, _):
+
+                def call() -> None:
+                    entered = inputs(0)
+                    block.module(*entered.args, **entered.kwargs)
+
+                self.groups[signature] = discover_groups(linears, call)
+        return self.groups[signature]
+
+    def _quantize_head(self, name: str, solver: GroupSolver) -> None:
+        head = self.skeleton.model.get_submodule(name)
+        assert isinstance(head, nn.Linear)
+        self.skeleton.materialise(head, name)
+        hessian: HessianAccumulator | None = None
+        problem: str | None = None
+
+        def action(_: str, x: Tensor) -> None:
+            nonlocal hessian, problem
+            hessian = hessian or HessianAccumulator(x.shape[-1], x.device)
+            try:
+                hessian.add(x)
+            except QuantizationError as error:
+                problem = str(error)
+
+        if self.flow is not None:
+            with on_input({name: head}, action):
+                self.flow.leave()
+        solver.solve({name: head}, None if problem else hessian, problem)
+        self.skeleton.release(head)
+
+    def _files(self, report: QuantReport) -> dict[str, bytes | Path]:
+        reader, config = self.skeleton.reader, dict(self.skeleton.reader.config)
+        config["quantization_config"] = self.plan.config.to_dict()
+        if self.plan.head is not None:
+            config["tie_word_embeddings"] = False
+        return {
+            **reader.companion_files(),
+            "config.json": json.dumps(config, indent=2).encode() + b"\n",
+            "quantize_config.json": json.dumps(self.plan.config.to_dict(), indent=2).encode() + b"\n",
+            REPORT_FILE: report.to_bytes(),
+        }
+
+    def _solved(self, record: Any) -> None:
+        self.listener(Progress(self.at, len(self.blocks), "solve", record))
+
+    def _tell(self, stage: str, note: str | None = None) -> None:
+        self.listener(Progress(self.at, len(self.blocks), stage, note=note))
+
+
+def _workspace_bytes(linears: Iterable[nn.Linear]) -> int:
+    """Workspace of the largest group: H, its factor and their temporaries, and float32 copies of one weight."""
+    sizes = [(m.in_features, m.weight.numel()) for m in linears]
+    return max((4 * (5 * width * width + 3 * numel) for width, numel in sizes), default=0)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} does not exist; give auto, cpu or cuda[:N]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} was asked for, but this PyTorch sees no GPU; give --device cpu")
+    return device
+
+
+def _dtype(name: str, reader: CheckpointReader, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise UsageError(f"dtype {name!r} is not supported; choose auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    floating = [reader.dtype(n) for n in reader.names() if reader.dtype(n).is_floating_point]
+    common = max(set(floating), key=floating.count, default=torch.float32)
+    return torch.float32 if common == torch.float16 and device.type == "cpu" else common
+
+
+def _windows(
+    calibration: str | Text | CalibrationSet,
+    skeleton: ModelSkeleton,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    trust_remote_code: bool,
+) -> CalibrationSet:
+    if isinstance(calibration, CalibrationSet):
+        return calibration
+    context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is None:
+        seq_len = min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
+    elif context is not None and seq_len > context:
+        raise CalibrationError(f"--seq-len {seq_len} is beyond the model's context of {context} tokens")
+    try:
+        folder = str(local_folder(skeleton.reader))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{skeleton.reader.label} has no tokenizer that Transformers can load: {error}"
+        ) from error
+    return CalibrationSet.build(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)

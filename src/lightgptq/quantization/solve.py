@@ -1,0 +1,156 @@
+"""GroupSolver: from a group's Hessian to quantized weights in the block and packed tensors in the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightgptq.checkpoint.packing import PackedWeight, pack
+from lightgptq.core.hessian import HessianAccumulator, HessianFactor
+from lightgptq.core.obq import obq
+from lightgptq.core.rtn import rtn
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.solver import gptq
+from lightgptq.core.types import QuantizedWeight
+from lightgptq.errors import QuantizationError
+from lightgptq.quantization.plan import QuantPlan, packed_name
+from lightgptq.quantization.report import ModuleRecord
+from lightgptq.skeleton import ModelSkeleton
+
+ENERGY_ROWS = 256
+
+
+class TensorSink(Protocol):
+    """Where packed tensors go."""
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+
+class GroupSolver:
+    """Quantizes linears with the methods of their schemes and keeps a record of each.
+
+    sink    takes the packed tensors
+    strict  raise QuantizationError at the first module that is not solved as asked
+    notify  called with each record as it is made
+    """
+
+    def __init__(
+        self,
+        skeleton: ModelSkeleton,
+        plan: QuantPlan,
+        sink: TensorSink,
+        *,
+        strict: bool = False,
+        notify: Callable[[ModuleRecord], None] = lambda record: None,
+    ) -> None:
+        self.skeleton, self.plan, self.sink = skeleton, plan, sink
+        self.strict, self.notify = strict, notify
+        self.records: list[ModuleRecord] = []
+
+    def solve(
+        self, linears: dict[str, nn.Linear], hessian: HessianAccumulator | None, problem: str | None = None
+    ) -> None:
+        """Quantize linears that share one input, put the dequantized weights back and write the packed ones.
+
+        linears  full name -> module with its weight materialised
+        hessian  of their input, or None when no token reached them or ``problem`` says why it cannot be used
+        """
+        wanted = {name: self.plan.schemes[name] for name in linears}
+        needs_hessian = any(scheme.method != "rtn" for scheme in wanted.values())
+        tokens = hessian.tokens if hessian is not None else 0
+        if needs_hessian and problem is None:
+            problem = _too_few(tokens, next(iter(linears.values())))
+        H = hessian.finish() if hessian is not None and tokens else None
+        factors: dict[tuple[float, bool], HessianFactor] = {}
+        for name, scheme in wanted.items():
+            W = self._weight(name, linears[name])
+            factor, trouble = None, problem
+            if scheme.method != "rtn" and H is not None:
+                key = (scheme.damp, scheme.act_order)
+                try:
+                    factor = factors[key] = factors.get(key) or HessianFactor.build(H, scheme)
+                except QuantizationError as error:
+                    trouble = str(error)
+            quantized = _solve_one(name, W, scheme, H, factor)
+            self._record(name, scheme, quantized, factor, tokens, _energy(W, H), trouble)
+            self._put(name, linears[name], quantized)
+
+    def _weight(self, name: str, module: nn.Linear) -> Tensor:
+        """The weight (out, in) in float32, from the source itself where the block holds a rounded copy."""
+        source = self.skeleton.sources[f"{name}.weight"]
+        if self.skeleton.reader.dtype(source) == module.weight.dtype:
+            return module.weight.detach().float()
+        return self.skeleton.reader.tensor(source).to(module.weight.device, torch.float32)
+
+    def _record(
+        self,
+        name: str,
+        scheme: QuantScheme,
+        quantized: QuantizedWeight,
+        factor: HessianFactor | None,
+        tokens: int,
+        energy: float,
+        problem: str | None,
+    ) -> None:
+        method = scheme.method if factor is not None else "rtn"
+        if scheme.method != method:
+            problem = f"{problem or 'no Hessian'}; rounded to nearest instead"
+        loss = quantized.loss / tokens if tokens and not math.isnan(quantized.loss) else None
+        record = ModuleRecord(
+            name=name,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            method=method,
+            loss=loss,
+            relative_loss=loss * tokens / energy if loss is not None and energy > 0 else None,
+            damp=factor.damp if factor is not None else None,
+            tokens=tokens,
+            problem=problem,
+        )
+        self.records.append(record)
+        self.notify(record)
+        if self.strict and problem is not None:
+            raise QuantizationError(f"{name}: {problem}; nothing was published because of --strict")
+
+    def _put(self, name: str, module: nn.Linear, quantized: QuantizedWeight) -> None:
+        packed: PackedWeight = pack(quantized, self.plan.config.checkpoint_format)
+        out = packed_name(self.skeleton, name)
+        for suffix, tensor in packed.tensors().items():
+            self.sink.write(f"{out}.{suffix}", tensor)
+        module.weight.data.copy_(quantized.dequantize())
+
+
+def _solve_one(
+    name: str, W: Tensor, scheme: QuantScheme, H: Tensor | None, factor: HessianFactor | None
+) -> QuantizedWeight:
+    try:
+        if factor is None or H is None:
+            return rtn(W, scheme, H)
+        if scheme.method == "obq":
+            return obq(W, H, scheme, factor=factor)
+        return gptq(W, factor, scheme)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
+
+
+def _too_few(tokens: int, module: nn.Linear) -> str | None:
+    if tokens == 0:
+        return "no calibration token reached it"
+    if tokens < module.in_features:
+        return f"{tokens} calibration tokens are fewer than its {module.in_features} inputs: its Hessian is incomplete"
+    return None
+
+
+def _energy(W: Tensor, H: Tensor | None) -> float:
+    """``sum over rows w H w^T``, what the layer puts out: the scale of its loss.
+
+    Taken from at most 256 rows spread over W, since all of them would cost as much as the sweep itself.
+    """
+    if H is None:
+        return float("nan")
+    rows = W[:: max(1, -(-W.shape[0] // ENERGY_ROWS))]
+    return float(((rows @ H) * rows).sum(dtype=torch.float64)) * W.shape[0] / rows.shape[0]

@@ -1,0 +1,257 @@
+"""ModelSkeleton: a Transformers model without weights, and where each of its weights lies in a checkpoint.
+
+The model's code is built on the ``meta`` device, so that it costs no memory; parts of it are *materialised* from the
+checkpoint when they are needed and *released* afterwards. Buffers that no checkpoint holds (rotary frequencies, masks)
+are computed by the model's own initialiser.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.errors import CheckpointError, UnsupportedModelError
+
+# Embeddings beyond this size are looked up from the mapped file instead of being read into memory.
+MAPPED_EMBEDDING_BYTES = 64 << 20
+
+
+def local_folder(reader: CheckpointReader) -> Path:
+    """A folder with the checkpoint's config, tokenizer and code, downloaded first if the checkpoint is on the hub."""
+    reader.companion_files()
+    path = reader.source.path("config.json")
+    if path is None:
+        raise CheckpointError(f"{reader.label}: config.json has disappeared")
+    return path.parent
+
+
+def load_config(reader: CheckpointReader, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The Transformers config beside the checkpoint; raises UnsupportedModelError for a model type nobody knows."""
+    try:
+        config = AutoConfig.from_pretrained(str(local_folder(reader)), trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"Transformers {transformers.__version__} cannot read the config of {reader.label}: {first}"
+        ) from error
+    return config
+
+
+def build_empty_model(
+    config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The model that the config names, all parameters and buffers on ``meta``, in evaluation mode.
+
+    ``config.architectures`` decides the class, else Transformers' mapping of causal language models.
+    Raises UnsupportedModelError when neither knows it.
+    """
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names and not trust_remote_code else None
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if cls is not None:
+                model = cls._from_config(config, dtype=dtype, **kwargs)
+            else:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
+                )
+    except (ValueError, KeyError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"cannot build {names[0] if names else config.model_type}: {first}"
+        ) from error
+    return model.eval()
+
+
+def fill_buffers(model: PreTrainedModel, device: torch.device | str = "cpu") -> None:
+    """Give every buffer that no checkpoint holds its value, on ``device``.
+
+    Transformers asks each model's ``_init_weights`` to compute these, because it builds every model on ``meta`` itself.
+    Raises UnsupportedModelError when a model's code leaves one without a value.
+    """
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents come before children, so the innermost owner wins
+        if isinstance(module, PreTrainedModel):
+            for child in module.modules():
+                owners[child] = module
+    for path, module in model.named_modules():
+        absent = [
+            n for n, b in module._buffers.items() if b is not None and b.is_meta and _is_derived(module, n)
+        ]
+        if not absent:
+            continue
+        for name in absent:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            fresh = torch.empty_like(buffer, device=device)
+            module._buffers[name] = fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh.zero_()
+            if hasattr(module, f"original_{name}") and isinstance(
+                getattr(module, f"original_{name}"), Tensor
+            ):
+                setattr(module, f"original_{name}", torch.empty_like(buffer, device=device))
+        _initialise_alone(owners[module], module)
+        for name in absent:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            if buffer.is_floating_point() and buffer.isnan().any():
+                raise UnsupportedModelError(
+                    f"buffer {path}.{name} is in no checkpoint and {type(owners[module]).__name__} does not compute it"
+                )
+
+
+def _is_derived(module: nn.Module, name: str) -> bool:
+    return name in module._non_persistent_buffers_set
+
+
+def _initialise_alone(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Run the model's initialiser on one module's buffers only; its parameters stay on ``meta``."""
+    with torch.no_grad():
+        owner._init_weights(module)
+
+
+@dataclass
+class ModelSkeleton:
+    """A model on ``meta`` and the checkpoint that fills it.
+
+    model    the Transformers model
+    reader   the checkpoint
+    sources  parameter or persistent buffer name in the model -> tensor name in the checkpoint
+    dtype    floating-point parameters are cast to this when they are materialised
+    device   and put here
+    """
+
+    model: PreTrainedModel
+    reader: CheckpointReader
+    dtype: torch.dtype
+    device: torch.device
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        reader: CheckpointReader,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> ModelSkeleton:
+        """Build the model of a checkpoint and find each of its weights.
+
+        Raises UnsupportedModelError, or CheckpointError when weights are missing.
+        """
+        config = load_config(reader, trust_remote_code=trust_remote_code)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.use_cache = (
+                False  # a cache would keep every block's keys alive, and change what blocks return
+            )
+        model = build_empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        fill_buffers(model, device)
+        skeleton = cls(model, reader, dtype, torch.device(device), map_names(model, reader.names()))
+        skeleton._check_complete()
+        return skeleton
+
+    def _check_complete(self) -> None:
+        missing = [n for n in self.model.state_dict() if n not in self.sources]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{self.reader.label} does not hold {missing[0]}{more}, which {type(self.model).__name__} needs"
+            )
+        shapes = dict(self.model.state_dict())
+        for name, source in self.sources.items():
+            want, have = tuple(shapes[name].shape), tuple(self.reader.shape(source))
+            if want != have:
+                raise CheckpointError(
+                    f"{source} has shape {have} in {self.reader.label}, the config asks for {want}"
+                )
+
+    def materialise(self, module: nn.Module, prefix: str) -> None:
+        """Read every parameter and persistent buffer below ``module`` (called ``prefix`` in the model) into memory."""
+        for path, part in module.named_modules(prefix=prefix):
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    value = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+                    part._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    part._buffers[name] = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+
+    def release(self, module: nn.Module) -> None:
+        """Forget every parameter below ``module``."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def materialise_outside(self, excluded: set[nn.Module]) -> None:
+        """Materialise whatever lies outside the modules in ``excluded`` (and what is below them).
+
+        Large embeddings are not read: their rows are looked up in the mapped file. An output head is left out.
+        """
+        head = self.model.get_output_embeddings()
+        skip = {m for root in (*excluded, *([head] if head is not None else [])) for m in root.modules()}
+        for path, part in self.model.named_modules():
+            if part in skip:
+                continue
+            for name, parameter in part._parameters.items():
+                if parameter is None or not parameter.is_meta:
+                    continue
+                source = self.sources[_join(path, name)]
+                if isinstance(part, nn.Embedding) and self.reader.nbytes(source) > MAPPED_EMBEDDING_BYTES:
+                    part._parameters[name] = nn.Parameter(self.reader.mapped(source), requires_grad=False)
+                    part.register_forward_hook(self._cast_output)
+                else:
+                    value = self._cast(self.reader.tensor(source))
+                    part._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    part._buffers[name] = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    def _cast_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._cast(output)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def map_names(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """Which checkpoint tensor fills each parameter, by Transformers' own renaming rules.
+
+    Names are matched as written, then with the base model's prefix added or removed, then through the renamings that
+    Transformers knows for this architecture. Raises UnsupportedModelError where a rule merges or splits tensors.
+    """
+    wanted = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    sources: dict[str, str] = {}
+    for name in names:
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if converter is not None and target in wanted:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} merges or splits {name} while loading; such layouts are not supported yet"
+            )
+        if target in wanted:
+            sources[target] = name
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, other in tied.items():
+        if other in sources:
+            sources.setdefault(name, sources[other])
+        elif name in sources:
+            sources[other] = sources[name]
+    return sources
