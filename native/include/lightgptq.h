@@ -58,6 +58,29 @@ LGQ_API const char *lgq_isa_list(void);
 /* Threads that a parallel loop called from this thread would use. */
 LGQ_API int32_t lgq_num_threads(void);
 
+/* ---- Quantized product ---------------------------------------------------------------------------------------------
+ * A linear layer (in -> out features) from the four tensors of a GPTQ checkpoint:
+ *   qweight int32 [ceil(in*bits/32), out], qzeros int32 [groups, ceil(out*bits/32)], scales float16 [groups, out],
+ *   g_idx int32 [in];  W[o,i] = scales[g_idx[i],o] * (code[i,o] - zero[g_idx[i],o]),
+ * zero = stored + zero_offset modulo 2^bits (1 for format "gptq", 0 for "gptq_v2").
+ */
+
+/* Bytes that the packed form of such a layer takes. */
+LGQ_API int32_t lgq_packed_bytes(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits,
+                                 const int32_t *g_idx, int64_t *bytes);
+
+/* Repacks it into `packed`, which starts at a multiple of 64 bytes. */
+LGQ_API int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, int32_t zero_offset,
+                         const int32_t *qweight, const int32_t *qzeros, const uint16_t *scales, const int32_t *g_idx,
+                         void *packed, int64_t packed_bytes);
+
+/* y[r,:] = x[r,:] @ W^T + bias. x and y have one dtype; strides count elements from row to row; bias may be null. */
+LGQ_API int32_t lgq_matmul(const void *packed, int64_t packed_bytes, int64_t rows, const void *x, int64_t x_stride,
+                           const void *bias, int32_t bias_dtype, void *y, int64_t y_stride, int32_t dtype, int32_t mode);
+
+/* The weight, (out, in) row-major, computed in float32 and rounded once. */
+LGQ_API int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, int32_t dtype);
+
 /* --- The solver ------------------------------------------------------------------------------------------------ */
 
 /* GPTQ's sweep (arXiv 2210.17323, algorithm 1) over columns in the order given, on a fixed grid.

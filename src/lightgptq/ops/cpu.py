@@ -2,29 +2,158 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightgptq.checkpoint.packing import PackedWeight
-from lightgptq.errors import NativeLibraryError
+from lightgptq import native
+from lightgptq.checkpoint.packing import PackedWeight, num_words
+from lightgptq.errors import NativeLibraryError, UsageError
 from lightgptq.ops.weight import PreparedWeight
+
+MODES = {"exact": 0, "int8": 1}
+ALIGNMENT = 64
+HUGE_PAGE = 1 << 21
+
+_size, _int, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+def _declare(library: native.NativeLibrary) -> Any:
+    """The library's ``CDLL`` with the argument types of the product's functions, set once."""
+    lib = library.lib
+    if lib.lgq_matmul.argtypes is None:
+        lib.lgq_packed_bytes.argtypes = [_size, _size, _size, _int, _pointer, ctypes.POINTER(_size)]
+        lib.lgq_pack.argtypes = [_size] * 3 + [_int] * 2 + [_pointer] * 5 + [_size]
+        lib.lgq_dequantize.argtypes = [_pointer, _size, _pointer, _int]
+        lib.lgq_matmul.argtypes = [
+            *[_pointer, _size, _size, _pointer, _size],
+            *[_pointer, _int, _pointer, _size, _int, _int],
+        ]
+    return lib
 
 
 def available() -> bool:
-    """True when the native library has the product."""
-    return False
+    """True when the native library is there."""
+    return native.load() is not None
+
+
+def _library() -> native.NativeLibrary:
+    library = native.load()
+    if library is None:
+        raise NativeLibraryError(
+            "this weight was prepared for the native library, which is missing; prepare it again"
+        )
+    return library
 
 
 def prepare(packed: PackedWeight, bits: int, checkpoint_format: str) -> PreparedWeight:
-    """Repack for the native kernels."""
-    raise NativeLibraryError("this build of the native library has no product")
+    """Repack a checkpoint's tensors into the native layout, in parallel.
+
+    Holds the input and the result, never dequantized weights. Scales must be exact in float16, as GPTQ stores
+    them. Raises UsageError for tensors that do not fit together.
+    """
+    scales = packed.scales
+    if scales.dtype != torch.float16:
+        scales = scales.to(torch.float16)
+        if not torch.equal(scales.to(packed.scales.dtype), packed.scales):
+            raise UsageError(
+                f"scales of dtype {packed.scales.dtype} are not exact in float16, which the native kernels need; "
+                "round them to float16 before loading"
+            )
+    in_features, groups, out_features = packed.g_idx.numel(), scales.shape[0], scales.shape[1]
+    _check_shape("qweight", packed.qweight, (num_words(in_features, bits), out_features))
+    _check_shape("qzeros", packed.qzeros, (groups, num_words(out_features, bits)))
+    library = _library()
+    lib = _declare(library)
+    qweight, qzeros = packed.qweight.to(torch.int32).contiguous(), packed.qzeros.to(torch.int32).contiguous()
+    scales, g_idx = scales.contiguous(), packed.g_idx.to(torch.int32).contiguous()
+    size = _size()
+    shape = (in_features, out_features, groups, bits)
+    what = f"packing a {bits}-bit linear of {in_features} inputs, {out_features} outputs, {groups} groups"
+    library.check(lib.lgq_packed_bytes(*shape, g_idx.data_ptr(), ctypes.byref(size)), what)
+    buffer = _allocate(size.value)
+    library.check(
+        lib.lgq_pack(
+            *shape,
+            1 if checkpoint_format == "gptq" else 0,
+            *(tensor.data_ptr() for tensor in (qweight, qzeros, scales, g_idx, buffer)),
+            buffer.numel(),
+        ),
+        what,
+    )
+    return PreparedWeight((buffer,), "native", bits, in_features, out_features)
 
 
 def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mode: str) -> Tensor:
-    """``x @ W^T + bias``."""
-    raise NativeLibraryError("this build of the native library has no product")
+    """``y = x @ W^T + bias``.
+
+    x       (..., in) float32, bfloat16 or float16
+    packed  flat uint8 from ``prepare``
+    Returns (..., out) of x's dtype.
+    """
+    if x.device.type != "cpu" or packed.device.type != "cpu":
+        raise UsageError(
+            f"x is on {x.device}, the weight on {packed.device}; the native kernels need the CPU"
+        )
+    in_features = x.shape[-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    if rows.stride(1) != 1 or rows.stride(0) < in_features:
+        rows = rows.contiguous()
+    count = rows.shape[0]
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    dtype = native.DTYPES[x.dtype]
+    bias_pointer, bias_dtype = None, 0
+    if bias is not None:
+        bias = bias.detach().contiguous()
+        bias_pointer, bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
+    library = _library()
+    status = _declare(library).lgq_matmul(
+        packed.data_ptr(),
+        packed.numel(),
+        count,
+        rows.data_ptr(),
+        rows.stride(0) if count > 1 else in_features,
+        bias_pointer,
+        bias_dtype,
+        y.data_ptr(),
+        out_features,
+        dtype,
+        MODES[mode],
+    )
+    if status != 0:
+        library.check(status, f"multiplying x of shape {tuple(x.shape)} to {out_features} outputs")
+    return y
 
 
 def dequantize(packed: Tensor, in_features: int, out_features: int, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in)."""
-    raise NativeLibraryError("this build of the native library has no product")
+    """The weight (out, in), computed in float32 and rounded once to ``dtype``."""
+    library = _library()
+    W = torch.empty((out_features, in_features), dtype=dtype)
+    if dtype not in native.DTYPES:
+        raise UsageError(f"dtype {dtype} is not supported; use float32, bfloat16 or float16")
+    status = _declare(library).lgq_dequantize(
+        packed.data_ptr(), packed.numel(), W.data_ptr(), native.DTYPES[dtype]
+    )
+    library.check(status, f"dequantizing a linear of {in_features} inputs and {out_features} outputs")
+    return W
+
+
+def _allocate(size: int) -> Tensor:
+    """A flat uint8 tensor, aligned for the kernels; large ones start on a huge page.
+
+    With 4 KiB pages a product at memory speed walks the page table 250 times per MB.
+    """
+    if size < HUGE_PAGE:
+        whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        start = -whole.data_ptr() % ALIGNMENT
+        return whole[start : start + size]
+    whole = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size]
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")

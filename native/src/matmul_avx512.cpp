@@ -1,0 +1,359 @@
+// The quantized product with AVX-512: VNNI for int8 arithmetic, BF16 dot products for exact arithmetic.
+//
+// exact: a code c becomes a bf16 without a conversion, by putting its bits into a mantissa: 1 + c / 2^bits (8-bit codes as
+// two nibbles: 1 + low / 16 and 16 + high). All of these are exact, the constant's share is taken off by starting the
+// accumulator at -(A + zero / D) * sum(x). float32 activations are split into three bf16 terms (24 bits), float16 into two.
+// int8: codes are unsigned bytes, activations signed ones; the accumulator starts at -zero * sum(x).
+#include <immintrin.h>
+
+#include "matmul_driver.h"
+
+namespace {
+
+#define LGQ_INLINE static inline __attribute__((always_inline))
+
+// Constants of the mantissa trick: x * code = D * (x * value - A * x).
+template <int BITS>
+struct Mantissa {
+  static constexpr float A = BITS == 8 ? 17.0f : 1.0f;
+  static constexpr float D = BITS == 8 ? 16.0f : static_cast<float>(1 << BITS);
+};
+
+template <int SHIFT>
+LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
+  if constexpr (SHIFT > 0)
+    return _mm512_srli_epi32(v, SHIFT);
+  else if constexpr (SHIFT < 0)
+    return _mm512_slli_epi32(v, -SHIFT);
+  else
+    return v;
+}
+
+LGQ_INLINE __m512i run_at(const uint8_t *vector, int run) { return _mm512_load_si512(vector + run * 64); }
+
+// Quad Q of a unit as unsigned bytes.
+template <int BITS, int Q>
+LGQ_INLINE __m512i quad_bytes(const uint8_t *vector) {
+  if constexpr (BITS == 8) {
+    return run_at(vector, Q);
+  } else if constexpr (quad_is_split(BITS, Q)) {
+    const __m512i low = shift_right<6>(run_at(vector, Q - 6)), high = shift_right<Q - 2>(run_at(vector, 2));
+    const __m512i merged = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xE4);  // mask ? low : high
+    return _mm512_and_si512(merged, _mm512_set1_epi8(7));
+  } else {
+    return _mm512_and_si512(shift_right<quad_shift(BITS, Q)>(run_at(vector, quad_run(BITS, Q))),
+                            _mm512_set1_epi8((1 << BITS) - 1));
+  }
+}
+
+constexpr int kAndOr = 0xEA;  // (a & b) | c
+
+// Bytes 0 and 2 (ODD = 0) or 1 and 3 (ODD = 1) of quad Q as bf16 pairs 1 + c / 2^BITS; for 8 bits the low nibbles.
+template <int BITS, int Q, int ODD>
+LGQ_INLINE __m512bh pair_floats(const uint8_t *vector) {
+  constexpr int bits = BITS == 8 ? 4 : BITS, top = 7 - bits;
+  const __m512i mask = _mm512_set1_epi16(((1 << bits) - 1) << top), one = _mm512_set1_epi16(0x3f80);
+  if constexpr (quad_is_split(BITS, Q)) {
+    const __m512i low = shift_right<6 + 8 * ODD - top>(run_at(vector, Q - 6));
+    const __m512i high = shift_right<Q + 8 * ODD - top - 2>(run_at(vector, 2));
+    const __m512i merged = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(3 << top), 0xE4);
+    return (__m512bh)_mm512_ternarylogic_epi32(merged, mask, one, kAndOr);
+  } else {
+    const __m512i moved = shift_right<quad_shift(BITS, Q) + 8 * ODD - top>(run_at(vector, quad_run(BITS, Q)));
+    return (__m512bh)_mm512_ternarylogic_epi32(moved, mask, one, kAndOr);
+  }
+}
+
+// The high nibbles of 8-bit codes as bf16 pairs 16 + high.
+template <int Q, int ODD>
+LGQ_INLINE __m512bh high_nibbles(const uint8_t *vector) {
+  const __m512i moved = shift_right<4 + 8 * ODD - 3>(run_at(vector, Q));
+  return (__m512bh)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), kAndOr);
+}
+
+template <int MR>
+constexpr int vectors_at_once() {
+  return MR <= 4 ? 4 : 2;
+}
+
+template <int BITS, int MR, int NV, int Q>
+LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m512i (&acc)[NV][MR]) {
+  __m512i w[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64 * BITS);
+#pragma GCC unroll 12
+  for (int m = 0; m < MR; ++m) {
+    const __m512i xm = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[v][m] = _mm512_dpbusd_epi32(acc[v][m], w[v], xm);
+  }
+}
+
+template <int T, int MR, int NV>
+LGQ_INLINE void dot_pairs(const __m512bh (&w)[NV], const uint8_t *x, __m512 (&acc)[NV][MR]) {
+#pragma GCC unroll 3
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      const __m512i xm = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(x)[t * MR + m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[v][m] = _mm512_dpbf16_ps(acc[v][m], w[v], (__m512bh)xm);
+    }
+  }
+}
+
+template <int BITS, int T, int MR, int NV, int Q, int ODD>
+LGQ_INLINE void pair_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[NV][MR]) {
+  const uint8_t *xp = x + (2 * Q + ODD) * T * MR * 4;
+  __m512bh w[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) w[v] = pair_floats<BITS, Q, ODD>(codes + v * 64 * BITS);
+  dot_pairs<T>(w, xp, acc);
+  if constexpr (BITS == 8) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) w[v] = high_nibbles<Q, ODD>(codes + v * 64 * BITS);
+    dot_pairs<T>(w, xp, acc);
+  }
+}
+
+template <int BITS, int T, int MR, int NV, int Q>
+LGQ_INLINE void quad_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[NV][MR]) {
+  pair_exact<BITS, T, MR, NV, Q, 0>(codes, x, acc);
+  pair_exact<BITS, T, MR, NV, Q, 1>(codes, x, acc);
+}
+
+LGQ_INLINE void prefetch_unit(const uint8_t *p, int bytes) {
+#pragma GCC unroll 32
+  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
+}
+
+constexpr int kPrefetch = 4096;  // bytes ahead
+
+template <int BITS, int MR, int NV>
+LGQ_INLINE void tile_int8(const TileArgs &a, int v0) {
+  __m512i acc[NV][MR];
+  const int32_t *init = reinterpret_cast<const int32_t *>(a.init);
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const __m512i zero = _mm512_load_si512(a.grid->zero + (v0 + v) * kVector);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      const __m512i start = _mm512_set1_epi32(init[m]);
+      acc[v][m] = a.grid->symmetric ? start : _mm512_mullo_epi32(zero, start);
+    }
+  }
+  const uint8_t *codes = a.codes + v0 * 64 * BITS, *x = a.x;
+  for (int u = 0; u < a.units; ++u) {
+    prefetch_unit(codes + kPrefetch, NV * 64 * BITS);
+    quad_int8<BITS, MR, NV, 0>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 1>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 2>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 3>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 4>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 5>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 6>(codes, x, acc);
+    quad_int8<BITS, MR, NV, 7>(codes, x, acc);
+    codes += kVectorsPerBlock * 64 * BITS;
+    x += kUnit * MR;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const __m512 scale = _mm512_load_ps(a.grid->scale + (v0 + v) * kVector);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      float *total = a.totals + m * kBlock + (v0 + v) * kVector;
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[v][m]), _mm512_set1_ps(a.scale[m]));
+      _mm512_store_ps(total, _mm512_fmadd_ps(scaled, scale, _mm512_load_ps(total)));
+    }
+  }
+}
+
+template <int BITS, int T, int MR, int NV>
+LGQ_INLINE void tile_exact(const TileArgs &a, int v0) {
+  __m512 acc[NV][MR];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const __m512 zero = _mm512_load_ps(a.grid->zero + (v0 + v) * kVector);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      const __m512 start = _mm512_set1_ps(a.init[m]);
+      acc[v][m] = a.grid->symmetric ? start : _mm512_mul_ps(zero, start);
+    }
+  }
+  const uint8_t *codes = a.codes + v0 * 64 * BITS, *x = a.x;
+  for (int u = 0; u < a.units; ++u) {
+    prefetch_unit(codes + kPrefetch, NV * 64 * BITS);
+    quad_exact<BITS, T, MR, NV, 0>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 1>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 2>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 3>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 4>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 5>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 6>(codes, x, acc);
+    quad_exact<BITS, T, MR, NV, 7>(codes, x, acc);
+    codes += kVectorsPerBlock * 64 * BITS;
+    x += kUnit * 2 * T * MR;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const __m512 scale = _mm512_load_ps(a.grid->scale + (v0 + v) * kVector);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m) {
+      float *total = a.totals + m * kBlock + (v0 + v) * kVector;
+      _mm512_store_ps(total, _mm512_fmadd_ps(acc[v][m], scale, _mm512_load_ps(total)));
+    }
+  }
+}
+
+struct Avx512 {
+  static int terms(const Product &p) {
+    if (p.mode == LGQ_INT8) return 0;
+    return p.dtype == LGQ_BF16 ? 1 : p.dtype == LGQ_F16 ? 2 : 3;
+  }
+  static constexpr int64_t word_bytes(int terms) { return terms == 0 ? 1 : 2 * terms; }
+
+  template <int BITS, int T>
+  static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(scales + v * kVector));
+      __m512 scale = _mm512_cvtph_ps(half);
+      if (T > 0) scale = _mm512_mul_ps(scale, _mm512_set1_ps(Mantissa<BITS>::D));
+      _mm512_store_ps(g->scale + v * kVector, scale);
+      if (g->symmetric) continue;
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros + v * kVector));
+      const __m512i zero = _mm512_cvtepu8_epi32(bytes);
+      if (T == 0) {
+        _mm512_store_si512(g->zero + v * kVector, zero);
+      } else {
+        const __m512 shifted = _mm512_fmadd_ps(_mm512_cvtepi32_ps(zero), _mm512_set1_ps(1.0f / Mantissa<BITS>::D),
+                                               _mm512_set1_ps(Mantissa<BITS>::A));
+        _mm512_store_ps(g->zero + v * kVector, shifted);
+      }
+    }
+  }
+
+  template <int BITS, int T, int MR>
+  static void tile(const TileArgs &a) {
+    constexpr int NV = vectors_at_once<MR>();
+    for (int v0 = 0; v0 < kVectorsPerBlock; v0 += NV) {
+      if constexpr (T == 0)
+        tile_int8<BITS, MR, NV>(a, v0);
+      else
+        tile_exact<BITS, T, MR, NV>(a, v0);
+    }
+  }
+
+  static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
+    for (int v = 0; v * kVector < count; ++v) {
+      const int left = count - v * kVector;
+      const __mmask16 mask = left >= kVector ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      const __m512 sum = _mm512_add_ps(_mm512_load_ps(totals + v * kVector), _mm512_load_ps(bias + v * kVector));
+      const int64_t to = at + v * kVector;
+      if (dtype == LGQ_F32)
+        _mm512_mask_storeu_ps(static_cast<float *>(y) + to, mask, sum);
+      else
+        _mm256_mask_storeu_epi16(static_cast<uint16_t *>(y) + to, mask,
+                                 dtype == LGQ_BF16 ? (__m256i)_mm512_cvtneps_pbh(sum)
+                                                   : _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+};
+
+// -(zero term of a symmetric grid) times the sum, or the negated sum alone.
+LGQ_INLINE float start_exact(const PackedHeader &h, float sum) {
+  const float A = h.bits == 8 ? Mantissa<8>::A : 1.0f, D = h.bits == 8 ? Mantissa<8>::D : static_cast<float>(1 << h.bits);
+  return h.symmetric ? -(A + static_cast<float>(h.zero) / D) * sum : -sum;
+}
+
+void prepare_int8(const Product &p, const Activations &x, int64_t row, const Tile &tile, int64_t s) {
+  const PackedHeader &h = *p.w.header;
+  const Segment &segment = p.w.segments[s];
+  alignas(64) float f[kSegment];
+  alignas(64) int8_t q[kSegment];
+  load_segment(p, row, segment, f);
+  const int n = segment.units * kUnit;
+  __m512 largest = _mm512_setzero_ps();
+  for (int k = 0; k < n; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(f + k)));
+  const float most = _mm512_reduce_max_ps(largest);
+  const __m512 inverse = _mm512_set1_ps(most > 0.0f ? 127.0f / most : 0.0f);
+  __m512i sum = _mm512_setzero_si512();
+  for (int k = 0; k < n; k += 16) {
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(f + k), inverse));
+    sum = _mm512_add_epi32(sum, rounded);
+    _mm_store_si128(reinterpret_cast<__m128i *>(q + k), _mm512_cvtepi32_epi8(rounded));
+  }
+  const int64_t lane = row - tile.start;
+  const int64_t at = tile.start * x.segments + s * tile.rows + lane;
+  const int32_t total = _mm512_reduce_add_epi32(sum);
+  reinterpret_cast<int32_t *>(x.init)[at] = h.symmetric ? -h.zero * total : -total;
+  x.scale[at] = most / 127.0f;
+  auto *out = reinterpret_cast<uint32_t *>(x.words + tile.start * x.row_bytes + int64_t{segment.unit} * kUnit * tile.rows);
+  if (tile.rows == 1) {
+    std::memcpy(out, q, static_cast<size_t>(n));
+    return;
+  }
+  for (int quad = 0; quad < n / 4; ++quad) std::memcpy(out + quad * tile.rows + lane, q + quad * 4, 4);
+}
+
+void prepare_exact(const Product &p, const Activations &x, int terms, int64_t row, const Tile &tile, int64_t s) {
+  const Segment &segment = p.w.segments[s];
+  alignas(64) float f[kSegment];
+  alignas(64) uint32_t pairs[3][kSegment / 2];
+  load_segment(p, row, segment, f);
+  const int n = segment.units * kUnit;
+  __m512 sum = _mm512_setzero_ps();
+  for (int k = 0; k < n; k += 16) {
+    __m512 rest = _mm512_load_ps(f + k);
+    sum = _mm512_add_ps(sum, rest);
+    for (int t = 0; t < terms; ++t) {
+      const __m256i term = (__m256i)_mm512_cvtneps_pbh(rest);
+      rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(term), 16)));
+      // inputs 0 1 2 3 of a quad become the pairs (0, 2), (1, 3)
+      const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(term, 0xD8), 0xD8);
+      _mm256_store_si256(reinterpret_cast<__m256i *>(pairs[t] + k / 2), ordered);
+    }
+  }
+  const int64_t lane = row - tile.start;
+  x.init[tile.start * x.segments + s * tile.rows + lane] = start_exact(*p.w.header, _mm512_reduce_add_ps(sum));
+  auto *out = reinterpret_cast<uint32_t *>(x.words + tile.start * x.row_bytes +
+                                           int64_t{segment.unit} * kUnit * 2 * terms * tile.rows);
+  if (tile.rows == 1 && terms == 1) {
+    std::memcpy(out, pairs[0], static_cast<size_t>(n) * 2);
+    return;
+  }
+  for (int pair = 0; pair < n / 2; ++pair)
+    for (int t = 0; t < terms; ++t) out[(pair * terms + t) * tile.rows + lane] = pairs[t][pair];
+}
+
+int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx512::word_bytes(Avx512::terms(p))); }
+
+void prepare_rows(const Product &p, int64_t begin, int64_t end) {
+  const int terms = Avx512::terms(p);
+  const Activations x(p, Avx512::word_bytes(terms));
+  for (int64_t row = begin; row < end; ++row) {
+    const Tile tile = tile_of(row, p.rows);
+    for (int64_t s = 0; s < x.segments; ++s) {
+      if (terms == 0)
+        prepare_int8(p, x, row, tile, s);
+      else
+        prepare_exact(p, x, terms, row, tile, s);
+    }
+  }
+}
+
+void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
+  switch (Avx512::terms(p)) {
+    case 0:
+      return multiply_blocks_with<Avx512, 0>(p, begin, end);
+    case 1:
+      return multiply_blocks_with<Avx512, 1>(p, begin, end);
+    case 2:
+      return multiply_blocks_with<Avx512, 2>(p, begin, end);
+    default:
+      return multiply_blocks_with<Avx512, 3>(p, begin, end);
+  }
+}
+
+}  // namespace
+
+const lgq::MatmulKernels lgq::kMatmulAvx512 = {scratch_bytes, prepare_rows, multiply_blocks};

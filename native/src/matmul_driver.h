@@ -1,0 +1,185 @@
+// The loops around the register tile, the same for every instruction set: blocks of outputs, bands of rows, segments of
+// inputs, tiles of rows. A file of one instruction set includes this and supplies `Kernel`:
+//
+//   template <int BITS, int T> static void grid(scales, zeros, Grid *)         scale and zero of 64 outputs
+//   template <int BITS, int T, int MR> static void tile(TileArgs)              totals += one segment for MR rows
+//   static void store_row(const float *totals, const float *bias, void *y, ...)
+//   static int terms(const Product &)                                          the T for this product
+//   static int64_t word_bytes(T)                                               bytes of prepared activation per input
+//
+// T = 0 is int8 arithmetic; otherwise the number of terms that an activation is split into.
+// Internal linkage throughout: the linker must not merge versions compiled with different flags.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "matmul.h"
+
+namespace {
+
+using namespace lgq;
+
+constexpr int kTileRows = 12;  // most rows of a tile
+constexpr int64_t kBand = 96;  // rows whose totals (24 KiB) stay in the first-level cache through all segments
+
+struct Tile {
+  int64_t start;
+  int rows;
+};
+
+// Rows are cut into tiles of 12, then 8, 4, 2, 1; a rest of 16 becomes two of 8 rather than 12 + 4.
+inline Tile tile_of(int64_t row, int64_t rows) {
+  int64_t full = rows - rows % kTileRows;
+  if (rows - full == 4 && full > 0) full -= kTileRows;
+  if (row < full) return {row / kTileRows * kTileRows, kTileRows};
+  int64_t start = full;
+  for (int size = 8;; size /= 2)
+    while (rows - start >= size) {
+      if (row < start + size) return {start, size};
+      start += size;
+    }
+}
+
+// The prepared activations in the scratch buffer: for each tile [word][row of the tile], so that the tile's inner loop
+// walks one pointer; then per tile [segment][row] the start value of an accumulator, and (int8) the scale.
+struct Activations {
+  uint8_t *words;
+  float *init;  // int8: int32 of the same size
+  float *scale;
+  int64_t row_bytes;
+  int64_t segments;
+
+  Activations(const Product &p, int64_t input_bytes)
+      : words(p.scratch),
+        row_bytes(p.w.header->units * kUnit * input_bytes),
+        segments(p.w.header->segments) {
+    init = reinterpret_cast<float *>(words + p.rows * row_bytes);
+    scale = init + p.rows * segments;
+  }
+  static int64_t bytes(const Product &p, int64_t input_bytes) {
+    return p.rows * (p.w.header->units * kUnit * input_bytes + p.w.header->segments * 8);
+  }
+};
+
+struct Grid {
+  alignas(64) float scale[kBlock];
+  alignas(64) float zero[kBlock];  // int8: int32 of the same size
+  bool symmetric;
+};
+
+struct TileArgs {
+  const uint8_t *codes;  // first unit of the segment in this block
+  int units;
+  int64_t unit_bytes;
+  const uint8_t *x;
+  const float *init;
+  const float *scale;
+  const Grid *grid;
+  float *totals;  // [row][64]
+};
+
+// x of one segment and row as float, padded with zeros to whole units.
+inline void load_segment(const Product &p, int64_t row, const Segment &s, float *f) {
+  const int64_t base = row * p.x_stride;
+  if (p.w.permutation != nullptr) {
+    const int32_t *from = p.w.permutation + s.position;
+    for (int k = 0; k < s.inputs; ++k) f[k] = load_float(p.x, p.dtype, base + from[k]);
+  } else if (p.dtype == LGQ_F32) {
+    std::memcpy(f, static_cast<const float *>(p.x) + base + s.position, static_cast<size_t>(s.inputs) * 4);
+  } else if (p.dtype == LGQ_BF16) {
+    const uint16_t *from = static_cast<const uint16_t *>(p.x) + base + s.position;
+    for (int k = 0; k < s.inputs; ++k) f[k] = bf16_to_float(from[k]);
+  } else {
+    const uint16_t *from = static_cast<const uint16_t *>(p.x) + base + s.position;
+    for (int k = 0; k < s.inputs; ++k) f[k] = half_to_float(from[k]);
+  }
+  for (int k = s.inputs; k < s.units * kUnit; ++k) f[k] = 0.0f;
+}
+
+// q = round(f * 127 / max|f|), ties to even; returns the scale max|f| / 127.
+inline float round_to_int8(const float *f, int n, int8_t *q) {
+  float most = 0.0f;
+  for (int k = 0; k < n; ++k) {
+    const float magnitude = f[k] < 0.0f ? -f[k] : f[k];
+    most = magnitude > most ? magnitude : most;
+  }
+  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low mantissa bits
+  for (int k = 0; k < n; ++k) q[k] = static_cast<int8_t>(float_to_bits(f[k] * inverse + kRound));
+  return most / 127.0f;
+}
+
+template <class Kernel, int BITS, int T>
+void segment_for_tile(int rows, const TileArgs &args) {
+  switch (rows) {
+    case 12:
+      return Kernel::template tile<BITS, T, 12>(args);
+    case 8:
+      return Kernel::template tile<BITS, T, 8>(args);
+    case 4:
+      return Kernel::template tile<BITS, T, 4>(args);
+    case 2:
+      return Kernel::template tile<BITS, T, 2>(args);
+    default:
+      return Kernel::template tile<BITS, T, 1>(args);
+  }
+}
+
+template <class Kernel, int BITS, int T>
+void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
+  const PackedHeader &h = *p.w.header;
+  const Activations x(p, Kernel::word_bytes(T));
+  alignas(64) float totals[(kBand + kTileRows) * kBlock];
+  alignas(64) float bias[kBlock];
+  Grid grid;
+  grid.symmetric = h.symmetric != 0;
+  TileArgs args;
+  args.unit_bytes = static_cast<int64_t>(kUnit) * kBlock * BITS / 8;
+  args.grid = &grid;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock;
+    const int count = static_cast<int>(h.out_features - first < kBlock ? h.out_features - first : kBlock);
+    for (int o = 0; o < kBlock; ++o)
+      bias[o] = p.bias != nullptr && o < count ? load_float(p.bias, p.bias_dtype, first + o) : 0.0f;
+    for (int64_t top = 0, bottom; top < p.rows; top = bottom) {
+      for (bottom = top; bottom < p.rows && bottom - top < kBand;) bottom += tile_of(bottom, p.rows).rows;
+      std::memset(totals, 0, static_cast<size_t>(bottom - top) * kBlock * sizeof(float));
+      for (int64_t s = 0; s < h.segments; ++s) {
+        const Segment &segment = p.w.segments[s];
+        const int64_t at = (block * h.groups + segment.group) * kBlock;
+        Kernel::template grid<BITS, T>(p.w.scales + at, p.w.zeros + at, &grid);
+        args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
+        args.units = segment.units;
+        for (int64_t row = top; row < bottom;) {
+          const Tile tile = tile_of(row, p.rows);
+          args.x = x.words + row * x.row_bytes + static_cast<int64_t>(segment.unit) * kUnit * Kernel::word_bytes(T) * tile.rows;
+          args.init = x.init + row * x.segments + s * tile.rows;
+          args.scale = x.scale + row * x.segments + s * tile.rows;
+          args.totals = totals + (row - top) * kBlock;
+          segment_for_tile<Kernel, BITS, T>(tile.rows, args);
+          row += tile.rows;
+        }
+      }
+      for (int64_t row = top; row < bottom; ++row)
+        Kernel::store_row(totals + (row - top) * kBlock, bias, p.y, p.dtype, row * p.y_stride + first, count);
+    }
+  }
+}
+
+template <class Kernel, int T>
+void multiply_blocks_with(const Product &p, int64_t begin, int64_t end) {
+  switch (p.w.header->bits) {
+    case 2:
+      return multiply_blocks_as<Kernel, 2, T>(p, begin, end);
+    case 3:
+      return multiply_blocks_as<Kernel, 3, T>(p, begin, end);
+    case 4:
+      return multiply_blocks_as<Kernel, 4, T>(p, begin, end);
+    default:
+      return multiply_blocks_as<Kernel, 8, T>(p, begin, end);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,261 @@
+// Repacking checkpoint tensors into the kernels' layout, and back to floats. Never holds more than a few lines of
+// dequantized weight.
+#include <cstdlib>
+#include <cstring>
+
+#include "convert.h"
+#include "lightgptq.h"
+#include "matmul.h"
+#include "parallel.h"
+
+namespace lgq {
+namespace {
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Inputs of every group, or null: memory ran out. Frees itself.
+struct GroupCounts {
+  int64_t *count;
+  explicit GroupCounts(int64_t groups) : count(static_cast<int64_t *>(std::calloc(groups + 1, sizeof(int64_t)))) {}
+  ~GroupCounts() { std::free(count); }
+  GroupCounts(const GroupCounts &) = delete;
+  GroupCounts &operator=(const GroupCounts &) = delete;
+};
+
+int32_t check_shape(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, const int32_t *g_idx) {
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return LGQ_BAD_BITS;
+  if (g_idx == nullptr) return LGQ_NULL_POINTER;
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (in_features < 1 || out_features < 1 || groups < 1) return LGQ_BAD_SIZE;
+  if (in_features > kMost || out_features > kMost || groups > in_features) return LGQ_BAD_SIZE;
+  for (int64_t i = 0; i < in_features; ++i)
+    if (g_idx[i] < 0 || g_idx[i] >= groups) return LGQ_BAD_GROUP;
+  return LGQ_OK;
+}
+
+// Everything in the header but what depends on the zeros.
+int32_t plan(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, const int32_t *g_idx,
+             PackedHeader *h) {
+  const int32_t status = check_shape(in_features, out_features, groups, bits, g_idx);
+  if (status != LGQ_OK) return status;
+  GroupCounts inputs(groups);
+  if (inputs.count == nullptr) return LGQ_OUT_OF_MEMORY;
+  bool permuted = false;
+  for (int64_t i = 0; i < in_features; ++i) {
+    ++inputs.count[g_idx[i]];
+    permuted |= i > 0 && g_idx[i] < g_idx[i - 1];
+  }
+  *h = PackedHeader{};
+  for (int64_t g = 0; g < groups; ++g) {
+    h->segments += (inputs.count[g] + kSegment - 1) / kSegment;
+    h->units += (inputs.count[g] + kUnit - 1) / kUnit;
+  }
+  h->magic = kMagic;
+  h->in_features = in_features;
+  h->out_features = out_features;
+  h->groups = groups;
+  h->bits = bits;
+  h->permuted = permuted;
+  h->blocks = (out_features + kBlock - 1) / kBlock;
+  h->segments_at = aligned(sizeof(PackedHeader));
+  h->permutation_at = aligned(h->segments_at + h->segments * static_cast<int64_t>(sizeof(Segment)));
+  h->scales_at = aligned(h->permutation_at + (permuted ? in_features * 4 : 0));
+  h->zeros_at = h->scales_at + h->blocks * groups * kBlock * 2;
+  h->codes_at = aligned(h->zeros_at + h->blocks * groups * kBlock);
+  h->total_bytes = h->codes_at + h->blocks * h->units * (kUnit * kBlock * bits / 8);
+  return LGQ_OK;
+}
+
+// Cuts the groups into segments and orders the inputs by group; source[p] is the input at packed position p.
+bool order_inputs(const PackedHeader &h, const int32_t *g_idx, Segment *segments, int32_t *source) {
+  GroupCounts start(h.groups);
+  if (start.count == nullptr) return false;
+  for (int64_t i = 0; i < h.in_features; ++i) ++start.count[g_idx[i] + 1];
+  int32_t unit = 0, position = 0;
+  for (int64_t g = 0; g < h.groups; ++g) {
+    for (int64_t left = start.count[g + 1]; left > 0; left -= kSegment) {
+      const int32_t inputs = static_cast<int32_t>(left < kSegment ? left : kSegment);
+      const int32_t units = (inputs + kUnit - 1) / kUnit;
+      *segments++ = Segment{unit, units, static_cast<int32_t>(g), position, inputs};
+      unit += units;
+      position += inputs;
+    }
+    start.count[g + 1] += start.count[g];
+  }
+  for (int64_t i = 0; i < h.in_features; ++i) source[start.count[g_idx[i]]++] = static_cast<int32_t>(i);
+  return true;
+}
+
+uint32_t zero_at(const int32_t *qzeros, int64_t words, int64_t group, int64_t out, int bits, int32_t offset) {
+  const int64_t bit = out * bits;
+  const uint32_t *row = reinterpret_cast<const uint32_t *>(qzeros) + group * words;
+  uint64_t pair = row[bit / 32];
+  if (bit % 32 + bits > 32) pair |= static_cast<uint64_t>(row[bit / 32 + 1]) << 32;
+  return (static_cast<uint32_t>(pair >> (bit % 32)) + static_cast<uint32_t>(offset)) & ((1u << bits) - 1);
+}
+
+void pack_grid(const PackedHeader &h, const int32_t *qzeros, const uint16_t *scales_in, int32_t zero_offset,
+               uint16_t *scales, uint8_t *zeros, int64_t begin, int64_t end) {
+  const int64_t words = (h.out_features * h.bits + 31) / 32;
+  for (int64_t block = begin; block < end; ++block) {
+    for (int64_t g = 0; g < h.groups; ++g) {
+      for (int64_t lane = 0; lane < kBlock; ++lane) {
+        // Outputs that only pad the last block copy the last real one's zero, so that they do not hide symmetry.
+        const int64_t out = block * kBlock + lane, real = out < h.out_features ? out : h.out_features - 1;
+        const int64_t at = (block * h.groups + g) * kBlock + lane;
+        scales[at] = out < h.out_features ? scales_in[g * h.out_features + out] : 0;
+        zeros[at] = static_cast<uint8_t>(zero_at(qzeros, words, g, real, h.bits, zero_offset));
+      }
+    }
+  }
+}
+
+// lane[o] |= field << up, where field is `bits` bits at bit `shift` of the two words low[o], high[o].
+void merge_codes(const uint32_t *low, const uint32_t *high, int shift, uint32_t mask, int up, uint32_t *lane,
+                 int64_t count) {
+  if (high == nullptr) {
+    for (int64_t o = 0; o < count; ++o) lane[o] |= ((low[o] >> shift) & mask) << up;
+  } else {
+    for (int64_t o = 0; o < count; ++o) lane[o] |= (((low[o] >> shift) | (high[o] << (32 - shift))) & mask) << up;
+  }
+}
+
+// One unit of one block: 32 inputs (source[0..inputs), the rest padding) times 64 outputs.
+void pack_unit(const PackedHeader &h, const uint32_t *qweight, const int32_t *source, int inputs, int64_t block,
+               uint8_t *codes) {
+  const int bits = h.bits;
+  const int64_t first = block * kBlock;
+  const int64_t count = h.out_features - first < kBlock ? h.out_features - first : kBlock;
+  alignas(64) uint32_t lanes[8][kBlock] = {};
+  for (int k = 0; k < inputs; ++k) {
+    const int64_t bit = static_cast<int64_t>(source[k]) * bits;
+    const int shift = static_cast<int>(bit % 32);
+    const uint32_t *low = qweight + bit / 32 * h.out_features + first;
+    const uint32_t *high = shift + bits > 32 ? low + h.out_features : nullptr;
+    const int quad = k / 4, byte = 8 * (k % 4);
+    if (quad_is_split(bits, quad)) {
+      // A split field may straddle words too; both halves are taken from the whole code.
+      alignas(64) uint32_t whole[kBlock] = {};
+      merge_codes(low, high, shift, 7, 0, whole, count);
+      merge_codes(whole, nullptr, 0, 3, byte + 6, lanes[quad - 6], count);
+      merge_codes(whole, nullptr, 2, 1, byte + quad, lanes[2], count);
+    } else {
+      merge_codes(low, high, shift, (1u << bits) - 1, byte + quad_shift(bits, quad), lanes[quad_run(bits, quad)], count);
+    }
+  }
+  for (int v = 0; v < kVectorsPerBlock; ++v)
+    for (int run = 0; run < bits; ++run)
+      std::memcpy(codes + (v * bits + run) * 64, lanes[run] + v * kVector, 64);
+}
+
+uint32_t code_at(const uint8_t *vector, int bits, int quad, int lane, int byte) {
+  const auto at = [&](int run) { return static_cast<uint32_t>(vector[run * 64 + lane * 4 + byte]); };
+  if (quad_is_split(bits, quad)) return (at(quad - 6) >> 6) | (((at(2) >> quad) & 1u) << 2);
+  return (at(quad_run(bits, quad)) >> quad_shift(bits, quad)) & ((1u << bits) - 1);
+}
+
+}  // namespace
+
+int32_t view_packed(const void *packed, int64_t packed_bytes, PackedView *view) {
+  if (packed == nullptr) return LGQ_NULL_POINTER;
+  if (reinterpret_cast<uintptr_t>(packed) % kAlign != 0) return LGQ_UNALIGNED;
+  if (packed_bytes < static_cast<int64_t>(sizeof(PackedHeader))) return LGQ_NOT_PACKED;
+  const auto *bytes = static_cast<const uint8_t *>(packed);
+  const auto *h = reinterpret_cast<const PackedHeader *>(packed);
+  if (h->magic != kMagic) return LGQ_NOT_PACKED;
+  if (h->total_bytes > packed_bytes) return LGQ_BUFFER_TOO_SMALL;
+  view->header = h;
+  view->segments = reinterpret_cast<const Segment *>(bytes + h->segments_at);
+  view->permutation = h->permuted ? reinterpret_cast<const int32_t *>(bytes + h->permutation_at) : nullptr;
+  view->scales = reinterpret_cast<const uint16_t *>(bytes + h->scales_at);
+  view->zeros = bytes + h->zeros_at;
+  view->codes = bytes + h->codes_at;
+  return LGQ_OK;
+}
+
+}  // namespace lgq
+
+using namespace lgq;
+
+int32_t lgq_packed_bytes(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, const int32_t *g_idx,
+                         int64_t *bytes) {
+  if (bytes == nullptr) return LGQ_NULL_POINTER;
+  PackedHeader header;
+  const int32_t status = plan(in_features, out_features, groups, bits, g_idx, &header);
+  if (status == LGQ_OK) *bytes = header.total_bytes;
+  return status;
+}
+
+int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, int32_t zero_offset,
+                 const int32_t *qweight, const int32_t *qzeros, const uint16_t *scales, const int32_t *g_idx,
+                 void *packed, int64_t packed_bytes) {
+  if (qweight == nullptr || qzeros == nullptr || scales == nullptr || packed == nullptr) return LGQ_NULL_POINTER;
+  if (zero_offset != 0 && zero_offset != 1) return LGQ_BAD_VALUE;
+  if (reinterpret_cast<uintptr_t>(packed) % kAlign != 0) return LGQ_UNALIGNED;
+  PackedHeader h;
+  const int32_t status = plan(in_features, out_features, groups, bits, g_idx, &h);
+  if (status != LGQ_OK) return status;
+  if (packed_bytes < h.total_bytes) return LGQ_BUFFER_TOO_SMALL;
+
+  auto *bytes = static_cast<uint8_t *>(packed);
+  auto *segments = reinterpret_cast<Segment *>(bytes + h.segments_at);
+  auto *source = static_cast<int32_t *>(std::malloc(static_cast<size_t>(in_features) * sizeof(int32_t)));
+  if (source == nullptr) return LGQ_OUT_OF_MEMORY;
+  if (!order_inputs(h, g_idx, segments, source)) {
+    std::free(source);
+    return LGQ_OUT_OF_MEMORY;
+  }
+  if (h.permuted) std::memcpy(bytes + h.permutation_at, source, static_cast<size_t>(in_features) * sizeof(int32_t));
+
+  const int64_t unit_bytes = kUnit * kBlock * bits / 8;
+  uint8_t *zeros = bytes + h.zeros_at;
+  parallel_for(h.blocks, 1, [&](int64_t begin, int64_t end) {
+    pack_grid(h, qzeros, scales, zero_offset, reinterpret_cast<uint16_t *>(bytes + h.scales_at), zeros, begin, end);
+    // Blocks innermost: the source is row-major in outputs, so this reads long runs of its rows.
+    for (int64_t s = 0; s < h.segments; ++s)
+      for (int u = 0; u < segments[s].units; ++u) {
+        const int left = segments[s].inputs - u * kUnit;
+        for (int64_t block = begin; block < end; ++block)
+          pack_unit(h, reinterpret_cast<const uint32_t *>(qweight), source + segments[s].position + u * kUnit,
+                    left < kUnit ? left : kUnit, block,
+                    bytes + h.codes_at + (block * h.units + segments[s].unit + u) * unit_bytes);
+      }
+  });
+  std::free(source);
+
+  h.zero = zeros[0];
+  h.symmetric = 1;
+  for (int64_t i = 0; i < h.blocks * groups * kBlock; ++i) h.symmetric &= zeros[i] == h.zero;
+  std::memcpy(packed, &h, sizeof h);
+  return LGQ_OK;
+}
+
+int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, int32_t dtype) {
+  if (weight == nullptr) return LGQ_NULL_POINTER;
+  if (dtype != LGQ_F32 && dtype != LGQ_BF16 && dtype != LGQ_F16) return LGQ_BAD_DTYPE;
+  PackedView view;
+  const int32_t status = view_packed(packed, packed_bytes, &view);
+  if (status != LGQ_OK) return status;
+  const PackedHeader &h = *view.header;
+  parallel_for(h.out_features, kVector, [&](int64_t begin, int64_t end) {
+    for (int64_t out = begin; out < end; ++out) {
+      const int64_t block = out / kBlock;
+      const int lane = static_cast<int>(out % kVector);
+      for (int64_t s = 0; s < h.segments; ++s) {
+        const Segment &segment = view.segments[s];
+        const int64_t at = (block * h.groups + segment.group) * kBlock + out % kBlock;
+        const float scale = half_to_float(view.scales[at]);
+        const int zero = view.zeros[at];
+        for (int k = 0; k < segment.inputs; ++k) {
+          const uint8_t *vector = view.codes + (block * h.units + segment.unit + k / kUnit) * view.unit_bytes() +
+                                  out % kBlock / kVector * 64 * h.bits;
+          const int code = static_cast<int>(code_at(vector, h.bits, k % kUnit / 4, lane, k % 4));
+          const int32_t position = segment.position + k;
+          const int64_t input = view.permutation != nullptr ? view.permutation[position] : position;
+          store_float(weight, dtype, out * h.in_features + input, scale * static_cast<float>(code - zero));
+        }
+      }
+    }
+  });
+  return LGQ_OK;
+}

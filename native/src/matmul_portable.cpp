@@ -1,0 +1,113 @@
+// The quantized product in plain C++: correct everywhere, vectorised by the compiler as far as the baseline allows.
+#include "matmul_driver.h"
+
+namespace {
+
+// Codes minus zeros of one unit and 16 outputs, [input][output].
+template <int BITS, class Number>
+void decode_unit(const uint8_t *vector, const int32_t *zero, Number (*out)[kVector]) {
+  uint32_t lane[BITS][kVector];
+  std::memcpy(lane, vector, sizeof lane);
+  for (int k = 0; k < kUnit; ++k) {
+    const int quad = k / 4, byte = 8 * (k % 4);
+    if (quad_is_split(BITS, quad)) {
+      for (int l = 0; l < kVector; ++l) {
+        const uint32_t low = lane[quad - 6][l] >> (byte + 6) & 3, high = lane[BITS == 3 ? 2 : 0][l] >> (byte + quad) & 1;
+        out[k][l] = static_cast<Number>(static_cast<int32_t>(low | high << 2) - zero[l]);
+      }
+    } else {
+      const uint32_t *from = lane[quad_run(BITS, quad)];
+      const int shift = byte + quad_shift(BITS, quad);
+      for (int l = 0; l < kVector; ++l)
+        out[k][l] = static_cast<Number>(static_cast<int32_t>(from[l] >> shift & ((1u << BITS) - 1)) - zero[l]);
+    }
+  }
+}
+
+template <int BITS, class Number, class Input, int MR>
+void tile_as(const TileArgs &a) {
+  const int32_t *zeros = reinterpret_cast<const int32_t *>(a.grid->zero);
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    Number acc[MR][kVector] = {};
+    Number codes[kUnit][kVector];
+    for (int u = 0; u < a.units; ++u) {
+      decode_unit<BITS>(a.codes + u * a.unit_bytes + v * 64 * BITS, zeros + v * kVector, codes);
+      const Input *x = reinterpret_cast<const Input *>(a.x) + u * kUnit * MR;
+      for (int m = 0; m < MR; ++m)
+        for (int k = 0; k < kUnit; ++k) {
+          const Number xk = static_cast<Number>(x[(k / 4 * MR + m) * 4 + k % 4]);
+          for (int l = 0; l < kVector; ++l) acc[m][l] += xk * codes[k][l];
+        }
+    }
+    const float *scale = a.grid->scale + v * kVector;
+    for (int m = 0; m < MR; ++m) {
+      float *total = a.totals + m * kBlock + v * kVector;
+      const float row_scale = sizeof(Input) == 1 ? a.scale[m] : 1.0f;
+      for (int l = 0; l < kVector; ++l) total[l] += static_cast<float>(acc[m][l]) * row_scale * scale[l];
+    }
+  }
+}
+
+struct Portable {
+  static int terms(const Product &p) { return p.mode == LGQ_INT8 ? 0 : 1; }
+  static constexpr int64_t word_bytes(int terms) { return terms == 0 ? 1 : 4; }
+
+  template <int BITS, int T>
+  static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
+    int32_t *zero = reinterpret_cast<int32_t *>(g->zero);
+    for (int o = 0; o < kBlock; ++o) {
+      g->scale[o] = half_to_float(scales[o]);
+      zero[o] = zeros[o];
+    }
+  }
+
+  template <int BITS, int T, int MR>
+  static void tile(const TileArgs &a) {
+    if constexpr (T == 0)
+      tile_as<BITS, int32_t, int8_t, MR>(a);
+    else
+      tile_as<BITS, float, float, MR>(a);
+  }
+
+  static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
+    for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);
+  }
+};
+
+void prepare_rows(const Product &p, int64_t begin, int64_t end) {
+  const bool int8 = p.mode == LGQ_INT8;
+  const Activations x(p, Portable::word_bytes(Portable::terms(p)));
+  float f[kSegment];
+  int8_t q[kSegment];
+  for (int64_t row = begin; row < end; ++row) {
+    const Tile tile = tile_of(row, p.rows);
+    const int64_t lane = row - tile.start;
+    for (int64_t s = 0; s < x.segments; ++s) {
+      const Segment &segment = p.w.segments[s];
+      const int n = segment.units * kUnit;
+      load_segment(p, row, segment, f);
+      uint8_t *out = x.words + tile.start * x.row_bytes +
+                     int64_t{segment.unit} * kUnit * tile.rows * Portable::word_bytes(Portable::terms(p));
+      if (int8) x.scale[tile.start * x.segments + s * tile.rows + lane] = round_to_int8(f, n, q);
+      for (int quad = 0; quad < n / 4; ++quad) {
+        if (int8)
+          std::memcpy(out + (quad * tile.rows + lane) * 4, q + quad * 4, 4);
+        else
+          std::memcpy(out + (quad * tile.rows + lane) * 16, f + quad * 4, 16);
+      }
+    }
+  }
+}
+
+int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Portable::word_bytes(Portable::terms(p))); }
+
+void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
+  if (Portable::terms(p) == 0)
+    multiply_blocks_with<Portable, 0>(p, begin, end);
+  else
+    multiply_blocks_with<Portable, 1>(p, begin, end);
+}
+
+}  // namespace
+
+const lgq::MatmulKernels lgq::kMatmulPortable = {scratch_bytes, prepare_rows, multiply_blocks};
