@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-import click
+import huggingface_hub
 import transformers
 import typer
 from rich.console import Console
@@ -18,12 +18,15 @@ from lightgptq.errors import LightGPTQError, UsageError
 
 app = typer.Typer(
     name="lightgptq",
-    help="Quantize Hugging Face language models with GPTQ, measure what it cost, and run the result.",
-    no_args_is_help=True,
+    help="Quantize Hugging Face language models with GPTQ, measure what it cost, and run the result. "
+    "With --debug, any command shows the traceback of an error.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# Typer carries its own copy of click, whose base of all usage errors it exports only through this descendant.
+WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
+
 app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
@@ -41,34 +44,37 @@ def run(arguments: list[str]) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     _quiet_libraries(debug)
     try:
-        app(arguments, standalone_mode=False)
-    except click.UsageError as error:
-        return _fail(error.format_message(), 2)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.Abort:
-        return _fail("interrupted", 1)
-    except KeyboardInterrupt:
+        app(arguments or ["--help"], standalone_mode=False)
+    except WrongUsage as error:
+        return _fail(f"{_sentence(error)}; try --help", 2, debug)
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; the same command goes on from the last finished block", 1)
     except UsageError as error:
         return _fail(str(error), 2, debug)
     except (LightGPTQError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, 1, debug)
-    return 0
+    return 0 if arguments else 2
+
+
+def _sentence(error: Exception) -> str:
+    """What click says about wrong usage: with the option's name, without a final full stop."""
+    return str(getattr(error, "format_message", error.__str__)()).rstrip(".")
 
 
 def _fail(message: str, code: int, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
+    line = " ".join(message.split())  # what other libraries say may have several lines
     Console(stderr=True).print(
-        f"lightgptq: {message}", style="red", markup=False, highlight=False, soft_wrap=True
+        f"lightgptq: {line}", style="red", markup=False, highlight=False, soft_wrap=True
     )
     return code
 
 
 def _quiet_libraries(debug: bool) -> None:
-    """Transformers' progress bars and advice would drown the program's own words."""
+    """Progress bars, advice and retries of Hugging Face's libraries would drown the program's own words."""
     if debug:
         return
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
