@@ -175,3 +175,23 @@ def dequantized(q: QuantizedWeight) -> Tensor:
     definition."""
     group = q.g_idx.long()
     return q.scales.double().t()[:, group] * (q.codes.double() - q.zeros.double().t()[:, group])
+
+
+def sweep_columns(
+    W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, max_code: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The GPTQ sweep for a given factor, one column at a time in float64 (arXiv 2210.17323, Algorithm 1).
+
+    Returns codes, the errors ``e_j = (w_j - q_j) / U_jj`` and, for every value that was rounded, how far (in
+    steps) it lay from the nearest rounding boundary; all (out, in) float64.
+    """
+    w, Ud = W.double().clone(), U.double()
+    codes, errors, margin = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(w.shape[1]):
+        scale, zero = scales[g_idx[j].long()].double(), zeros[g_idx[j].long()].double()
+        codes[:, j] = nearest_code(w[:, j], scale, zero, max_code)
+        steps = w[:, j] / scale
+        margin[:, j] = ((steps - torch.floor(steps)) - 0.5).abs()
+        errors[:, j] = (w[:, j] - (codes[:, j] - zero) * scale) / Ud[j, j]
+        w[:, j + 1 :] -= torch.outer(errors[:, j], Ud[j, j + 1 :])
+    return codes, errors, margin
