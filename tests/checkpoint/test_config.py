@@ -98,6 +98,17 @@ def test_autogptq_file_without_method_and_format_is_v1() -> None:
     assert (scheme.act_order, scheme.static_groups, scheme.damp) == (True, False, 0.1)
 
 
+def test_gptqmodel_keeps_damping_and_order_in_meta() -> None:
+    meta = {
+        "quantizer": ["gptqmodel:7.7.0"],
+        "damp_percent": 0.05,
+        "static_groups": True,
+        "true_sequential": False,
+    }
+    config = GPTQCheckpointConfig.from_dict({**MINIMAL, "method": "gptq", "meta": meta})
+    assert (config.damp_percent, config.static_groups, config.true_sequential) == (0.05, True, False)
+
+
 class TestRules:
     RULES: dict[str, Any] = {  # noqa: RUF012
         r"-:.*\.0\.mlp": {},

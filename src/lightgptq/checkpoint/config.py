@@ -113,20 +113,23 @@ class GPTQCheckpointConfig:
             raise CheckpointError(
                 f"{where}: pack_dtype is {raw['pack_dtype']!r}; only 'int32' words can be read"
             )
-        reading = _FieldReader(raw, where)
+        reading, number = _FieldReader(raw, where), (int, float)
+        meta = _FieldReader(
+            reading.get("meta", dict, {}), f"{where}: meta"
+        )  # where GPTQModel keeps some of them
         config = cls(
             bits=reading.get("bits", int, None),
             group_size=reading.get("group_size", int, None),
             sym=reading.get("sym", bool, True),
             desc_act=reading.get("desc_act", bool, False),
-            static_groups=reading.get("static_groups", bool, False),
-            damp_percent=float(reading.get("damp_percent", (int, float), 0.01)),
-            true_sequential=reading.get("true_sequential", bool, True),
+            static_groups=reading.get("static_groups", bool, meta.get("static_groups", bool, False)),
+            damp_percent=float(reading.get("damp_percent", number, meta.get("damp_percent", number, 0.01))),
+            true_sequential=reading.get("true_sequential", bool, meta.get("true_sequential", bool, True)),
             lm_head=reading.get("lm_head", bool, False),
             checkpoint_format=found_format,
             dynamic=_read_rules(reading.get("dynamic", dict, {}), where),
             modules_in_block_to_quantize=_read_modules(raw.get("modules_in_block_to_quantize"), where),
-            meta=reading.get("meta", dict, {}),
+            meta=meta.raw,
         )
         config._base_scheme(where)
         return config
