@@ -48,8 +48,8 @@ class _LiveBytes(TorchDispatchMode):
 def discover_groups(linears: dict[str, nn.Linear], call: Callable[[], Any]) -> list[LinearGroup]:
     """Run ``call`` once and see which linears receive the same tensor, in the order in which they are reached.
 
-    Two inputs are the same when they are the same memory in the same version: a tensor that was changed in place in
-    between is another input. Linears that the call never reaches come last, each in a group of its own.
+    Two inputs are the same when they are the same rows of the same memory in the same version: a transposed view, or a
+    tensor that was changed in place in between, is another input. Linears that the call never reaches come last, each in a group of its own.
     """
     keys: dict[tuple[Any, ...], list[str]] = {}
     live: dict[tuple[Any, ...], int] = {}
@@ -61,7 +61,15 @@ def discover_groups(linears: dict[str, nn.Linear], call: Callable[[], Any]) -> l
             if name in seen:
                 return
             seen.add(name)
-            key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x._version)
+            strides = None if x.is_contiguous() else (x.shape, x.stride())
+            key = (
+                x.untyped_storage().data_ptr(),
+                x.storage_offset(),
+                x.numel(),
+                x.shape[-1],
+                strides,
+                x._version,
+            )
             if key not in keys:
                 live[key] = tracker.now()
                 alive.append(x)
