@@ -247,3 +247,12 @@ def test_word_count_is_the_ceiling() -> None:
 def test_trivial_groups_of_a_ragged_row() -> None:
     assert trivial_g_idx(7, 3).tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert trivial_g_idx(3, -1).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_row_packs_whatever_its_strides(bits: int) -> None:
+    """A transposed column is contiguous with a row stride of 1, which made zeros of a single group unpackable."""
+    column = torch.randint(0, 1 << bits, (64, 1), dtype=torch.uint8)
+    row = column.t().contiguous()
+    assert row.stride() == (1, 1)
+    assert torch.equal(unpack_rows(pack_rows(row, bits), bits, 64), row)

@@ -88,8 +88,10 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     Returns int32 (rows, ceil(n * bits / 32)); unused high bits of the last word are 0.
     """
     rows, n = codes.shape
-    codes = pad(codes, (0, -n % WORD_BITS)) if n % WORD_BITS else codes.contiguous()
-    lanes = _gather_lanes(codes.view(torch.int64), bits)  # 8 codes a lane -> 8 * bits low bits
+    # A single row counts as contiguous whatever its row stride, which a view of wider elements would reject.
+    codes = pad(codes, (0, -n % WORD_BITS)).reshape(-1)
+    lanes = codes.view(torch.int64).view(rows, (n + WORD_BITS - 1) // WORD_BITS * (WORD_BITS // 8))
+    lanes = _gather_lanes(lanes, bits)  # 8 codes a lane -> 8 * bits low bits
     narrow = {2: torch.int16, 4: torch.int32}.get(bits)
     if narrow is not None:
         lanes = lanes.to(narrow)
