@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models import BUILDERS, VOCABULARY, randomise, save
 
 from lightgptq.quantization.calibration import CalibrationSet
-from tests.models import BUILDERS, VOCABULARY, randomise, save
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models import BUILDERS, VOCABULARY, randomise
 from torch import Tensor, nn
 
 from lightgptq.quantization.blocks import find_blocks
 from lightgptq.quantization.groups import discover_groups
-from tests.models import BUILDERS, VOCABULARY, randomise
 
 EXPECTED = {
     "llama": [

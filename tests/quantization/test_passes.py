@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.folders import contents
 from torch import Tensor, nn
 
 import lightgptq
 from lightgptq import QuantScheme
 from lightgptq.quantization import run
 from lightgptq.quantization.calibration import CalibrationSet
-from tests.folders import contents
 
 BATCHES = 6
 SCHEME = QuantScheme(bits=4, group_size=32)
