@@ -163,6 +163,20 @@ def test_chunking_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(unpack(chunked, 3, "gptq", 172, 50).codes, q.codes)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_single_rows_and_columns_with_odd_strides_pack_alike(bits: int) -> None:
+    """A matrix of one row counts as contiguous with any row stride, and byte views refused it."""
+    q = random_weight(bits, 64, 32, -1)
+    expected = pack(q)
+    q.zeros = q.zeros.t().contiguous().t()  # (1, out) with stride (1, 1)
+    q.codes = q.codes.t().contiguous().t()
+    found = pack(q)
+    assert torch.equal(found.qzeros, expected.qzeros)
+    assert torch.equal(found.qweight, expected.qweight)
+    narrow = random_weight(bits, 64, 1, 32)
+    assert torch.equal(unpack(pack(narrow), bits, "gptq", 64, 1).codes, narrow.codes)
+
+
 class TestFormatDetection:
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize("written", ["gptq", "gptq_v2"])

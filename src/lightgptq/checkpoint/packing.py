@@ -103,7 +103,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of ``pack_rows``: int32 (rows, words) to uint8 (rows, count)."""
     rows, n_words = words.shape
-    words = pad(words, (0, -n_words % bits)) if n_words % bits else words.contiguous()
+    words = _row_major(pad(words, (0, -n_words % bits)))
     if bits == 8:
         lanes = words.view(torch.uint8)
         return lanes[:, :count].contiguous()
@@ -231,6 +231,11 @@ def detect_checkpoint_format(
         f"the config says sym: true, but the stored zeros run from {low} to {high}; "
         f"reading them as asymmetric in the labelled format {labelled!r}",
     )
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """The matrix with strides (columns, 1), which byte views need; ``contiguous`` leaves those of one row odd."""
+    return matrix.contiguous().view(-1).view(matrix.shape)
 
 
 def _gather_lanes(lanes: Tensor, bits: int) -> Tensor:
