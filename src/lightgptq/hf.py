@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,14 +49,13 @@ def load(
     quantization = reader.quantization_config()
     if quantization is None:
         folder = str(local_folder(reader))
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder if Path(checkpoint).is_dir() else str(checkpoint),
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        model.to(torch.device(device))
-        return model.eval()
+        return model.to(device).eval()
     return _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
 
 
@@ -104,10 +104,8 @@ def insert_quant_linears(
         if not name.endswith(".qweight"):
             continue
         written = name.removesuffix(".qweight")
-        module = next(
-            (m for m in (written, f"{prefix}.{written}", written.removeprefix(f"{prefix}.")) if m in modules),
-            None,
-        )
+        candidates = (written, f"{prefix}.{written}", written.removeprefix(f"{prefix}."))
+        module = next((m for m in candidates if m in modules), None)
         if module is None or not isinstance(modules[module], nn.Linear):
             raise CheckpointError(
                 f"{reader.label}: {name} belongs to no linear layer of {type(model).__name__}"

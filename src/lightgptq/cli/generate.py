@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoTokenizer, GenerationMixin
+from transformers import AutoTokenizer
 
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.cli.output import show_json
@@ -45,9 +45,9 @@ def continue_prompt(
     """The greedy continuation, without the prompt."""
     folder = str(local_folder(CheckpointReader.open(model, revision)))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    loaded = load(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    loaded: Any = load(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     with torch.no_grad():
-        output = GenerationMixin.generate(loaded, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from lightgptq.errors import CalibrationError
 
+# One forward takes about this many tokens: enough to spread the cost of unpacking weights.
+BATCH_TOKENS = 4096
 # Logits of this many tokens and vocabulary entries are held in float32 at a time: 256 MiB.
 CHUNK_LOGITS = 1 << 26
 
@@ -49,15 +51,13 @@ def evaluation_windows(input_ids: Tensor, seq_len: int, max_tokens: int | None =
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel, windows: Tensor, reference: PreTrainedModel | None = None, batch: int = 4
-) -> TokenScores:
+def score(model: PreTrainedModel, windows: Tensor, reference: PreTrainedModel | None = None) -> TokenScores:
     """Score every token of every window but its first, which has nothing before it.
 
     windows int64 (n, seq_len). Both models see the same batches.
     """
     nll, kl, agree = [], [], []
-    for ids in windows.split(batch):
+    for ids in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         for logits, against, target in _predictions(model, reference, ids):
             log_p = torch.log_softmax(logits, dim=-1)
             nll.append(-log_p.gather(1, target[:, None])[:, 0])

@@ -1,8 +1,8 @@
 """PausableForward: a module's forward that can stop inside, at the input of a linear, and go on later.
 
 GPTQ needs every calibration token to reach a linear's input before that linear can be quantized, and the same tokens
-to go on through the quantized one. Running each batch as a greenlet (a coroutine that may switch from any depth of ordinary
-function calls) does this in one pass: all batches wait at the linear, it is quantized, all go on.
+to go on through the quantized one. Running each batch as a greenlet (a coroutine that may switch from any depth of
+ordinary function calls) does this in one pass: all batches wait at the linear, it is quantized, all go on.
 """
 
 from __future__ import annotations

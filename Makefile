@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it sets up. TORCH may name another build of PyTorch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench wheel setup clean
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench
+
+wheel: setup
+	PYTHON=$(BIN)/python scripts/build_wheel.sh
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml native/CMakeLists.txt $(wildcard native/src/* native/include/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch .venv/ready
+
+clean:
+	rm -rf .venv build dist src/lightgptq/_native
