@@ -195,3 +195,28 @@ def sweep_columns(
         errors[:, j] = (w[:, j] - (codes[:, j] - zero) * scale) / Ud[j, j]
         w[:, j + 1 :] -= torch.outer(errors[:, j], Ud[j, j + 1 :])
     return codes, errors, margin
+
+
+def row_losses(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """``(w - q) H (w - q)^T`` of every row in float64."""
+    D = W.double() - Q.double()
+    return ((D @ H.double()) * D).sum(dim=1)
+
+
+def least_squares_scales(W: Tensor, H: Tensor, steps: Tensor, g_idx: Tensor) -> Tensor:
+    """Scales (groups, out) of least ``(w - q) H (w - q)^T`` for integer steps (out, in), by lstsq on H's root."""
+    L = torch.linalg.cholesky(H.double())
+    groups = int(g_idx.max()) + 1
+    scales = torch.zeros(groups, len(W), dtype=torch.float64)
+    for row in range(len(W)):
+        columns = torch.stack([steps[row].double() * (g_idx == g) for g in range(groups)])
+        scales[:, row] = torch.linalg.lstsq((columns @ L).t(), W[row].double() @ L).solution
+    return scales
+
+
+def corrected_weight(W: Tensor, X_orig: Tensor, X_quant: Tensor, ridge: float) -> Tensor:
+    """argmin over V of ``|X_orig W^T - X_quant V^T|^2 + ridge |V - W|^2``, by lstsq on the stacked system."""
+    n = W.shape[1]
+    A = torch.cat([X_quant.double(), ridge**0.5 * torch.eye(n, dtype=torch.float64)])
+    B = torch.cat([X_orig.double() @ W.double().t(), ridge**0.5 * W.double().t()])
+    return torch.linalg.lstsq(A, B).solution.t()

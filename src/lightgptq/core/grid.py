@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,12 @@ from lightgptq.errors import QuantizationError
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero: a scale that underflows becomes this
 LARGEST_SCALE = 65504.0  # the largest finite float16
+# What the search tries, as fractions of the scale that covers the largest weight. More ratios (29, 60) lower the
+# layer loss of real weights by less than 0.3 % at 2, 3 and 4 bits.
+CLIP_RATIOS = (1.05, 0.95, 0.85, 0.75, 0.65, 0.55)
+OTHER_SIDE_RATIOS = (1.1, 0.8)
+SCALE_REFITS = 3
+SEARCH_VALUES = 1 << 18  # weights searched at a time: the temporaries stay in a core's cache
 
 
 @dataclass
@@ -105,17 +112,99 @@ def minmax_grid(lo: Tensor, hi: Tensor, scheme: QuantScheme, zero_min: int = 1) 
 def fit_grid(W: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *, zero_min: int = 1) -> Grid:
     """Scales and zeros for runs of ``group_size`` neighbouring inputs, the last run possibly shorter.
 
+    With ``scale_search="hessian"`` and an importance h they minimise ``sum over i of h_i (w_i - q(w_i))^2`` over
+    clipping, the sign of a symmetric scale and the zero of an asymmetric one, per group and output; otherwise
+    they cover minimum and maximum.
+
     W           float (out, in)
-    importance  float32 (in,), the diagonal of H
+    importance  float32 (in,), not negative, see ``HessianFactor.importance``
     zero_min    smallest zero of an asymmetric grid; 1 because format v1 stores zero - 1 and readers disagree
                 on -1
 
     Raises QuantizationError when W is not finite or needs a scale beyond float16.
     """
     check_weight(W)
-    grouped = split_groups(W.float(), scheme)
-    scales, zeros = minmax_grid(grouped.amin(dim=2), grouped.amax(dim=2), scheme, zero_min)
-    return Grid(round_scales(scales).t().contiguous(), zeros.t().contiguous())
+    if importance is None or scheme.scale_search == "minmax":
+        grouped = split_groups(W.float(), scheme)
+        scales, zeros = minmax_grid(grouped.amin(dim=2), grouped.amax(dim=2), scheme, zero_min)
+        scales = round_scales(scales)
+    else:
+        weights = split_groups(importance.float().unsqueeze(0), scheme).clone()
+        weights.view(-1)[W.shape[1] :] = 0  # the ragged group's filler
+        parts = [
+            _search_rows(split_groups(rows.float(), scheme), weights, scheme, zero_min)
+            for rows in W.split(max(1, SEARCH_VALUES // W.shape[1]))
+        ]
+        scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Grid(scales.t().contiguous(), zeros.t().contiguous())
+
+
+def _search_rows(W: Tensor, weights: Tensor, scheme: QuantScheme, zero_min: int) -> tuple[Tensor, Tensor]:
+    """Rounded scales and zeros (rows, groups) of least weighted error; W (rows, groups, width), weights
+    (1, groups, width)."""
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for scales, zeros in _candidates(W, scheme, zero_min):
+        best = _better(best, W, weights, round_scales(scales), zeros, scheme.max_code)
+    assert best is not None
+    # For given codes the best scale is a ratio of two sums; its codes may differ, so this is repeated.
+    for _ in range(SCALE_REFITS):
+        _, scales, zeros = best
+        steps = (W / scales.unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, scheme.max_code)
+        steps.sub_(zeros.unsqueeze(2))
+        weighted = steps * weights
+        norm = weighted.mul(steps).sum(dim=2)
+        fitted = torch.where(norm > 0, weighted.mul_(W).sum(dim=2) / norm, scales)
+        best = _better(best, W, weights, round_scales(fitted), zeros, scheme.max_code)
+    return best[1], best[2]
+
+
+def _candidates(W: Tensor, scheme: QuantScheme, zero_min: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unrounded scales and zeros int32 (rows, groups) to try for W (rows, groups, width).
+
+    Symmetric codes reach one step further down than up, so a scale's sign decides which side of zero gets the
+    extra level: mostly the side of the largest weight, now and then the other.
+    """
+    below, above = W.amin(dim=2).clamp_max_(0).neg_(), W.amax(dim=2).clamp_min_(0)
+    if scheme.sym:
+        largest = torch.maximum(below, above) / scheme.mid_code
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        signed = torch.where(above > below, -largest, largest)
+        zeros = torch.full_like(signed, scheme.mid_code, dtype=torch.int32)
+        for ratio in CLIP_RATIOS:
+            yield signed * ratio, zeros
+        for ratio in OTHER_SIDE_RATIOS:
+            yield signed * -ratio, zeros
+        return
+    scales, middle = minmax_grid(-below, above, scheme, zero_min)
+    for shift in (0, -1, 1):
+        zeros = (middle + shift).clamp_(zero_min, scheme.max_code)
+        if shift:
+            reach = torch.maximum(below / zeros, above / (scheme.max_code - zeros).clamp_min(1))
+            scales = torch.where(reach > 0, reach, torch.ones_like(reach))
+        for ratio in CLIP_RATIOS:
+            yield scales * ratio, zeros
+
+
+def _better(
+    best: tuple[Tensor, Tensor, Tensor] | None,
+    W: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    max_code: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, scales and zeros, each group's from whichever of ``best`` and the candidate has the lower loss."""
+    scale, zero = scales.unsqueeze(2), zeros.unsqueeze(2)
+    error = (W / scale).round_().add_(zero).clamp_(0, max_code).sub_(zero).mul_(scale).sub_(W)
+    loss = error.square_().mul_(weights).sum(dim=2)
+    if best is None:
+        return loss, scales, zeros
+    wins = loss < best[0]
+    return (
+        torch.where(wins, loss, best[0]),
+        torch.where(wins, scales, best[1]),
+        torch.where(wins, zeros, best[2]),
+    )
 
 
 def quantize_to_grid(W: Tensor, grid: Grid, g_idx: Tensor, scheme: QuantScheme) -> Tensor:

@@ -125,6 +125,17 @@ class HessianFactor:
         """What was added to the diagonal, in the unit of H."""
         return self.damp * self.mean
 
+    def importance(self) -> Tensor:
+        """What a squared rounding error of each input costs the sweep: ``1 / U_jj^2``, float32 (in,), original order.
+
+        It is the variance of input j that the inputs solved after it cannot explain; the diagonal of H counts
+        what they will compensate as well. An input that was always 0 gets the least of the others'.
+        """
+        weights = torch.empty_like(self.diag)
+        weights[self.perm] = self.U.diagonal().square().reciprocal()
+        weights[self.dead] = weights[~self.dead].min()
+        return weights
+
     @classmethod
     def build(cls, H: Tensor, scheme: QuantScheme) -> HessianFactor:
         """Damps, orders and factors ``H`` (in, in) float32, which is not modified.

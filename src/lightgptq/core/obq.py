@@ -47,7 +47,7 @@ def obq(
         raise QuantizationError(f"H is {tuple(H.shape)}, the weight has {W.shape[1]} inputs")
     factor = factor if factor is not None else HessianFactor.build(H, scheme)
     if grid is None:
-        grid = fit_grid(W, scheme, factor.diag)
+        grid = fit_grid(W, scheme, factor.importance())
     g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
     U = torch.empty_like(factor.U)
     U[:, factor.perm] = factor.U  # columns back in original order: H^-1 = U^T U

@@ -9,6 +9,7 @@ from lightgptq.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "rtn", "obq")
+SCALE_SEARCHES = ("minmax", "hessian")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class QuantScheme:
     static_groups True: groups are runs of neighbouring inputs and their scales are fixed before the sweep,
                   so g_idx stays ``i // group_size``; False: scales are found as the sweep reaches each group
                   (with act_order the groups then follow the permuted order and g_idx is not trivial).
+    scale_search  how scales and zeros are found: "minmax" covers every weight as in the paper, "hessian" minimises
+                  the rounding error weighted by what each input is worth, over clipping, sign and zero.
     damp          fraction of the mean diagonal of H added to the diagonal (paper, section 3.3, step 3).
+    refine        rounds of scale refitting and block descent after the sweep, each never increasing the loss.
 
     Raises UsageError when a value is not allowed.
     """
@@ -35,6 +39,8 @@ class QuantScheme:
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
+    scale_search: str = "minmax"
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -47,6 +53,14 @@ class QuantScheme:
             )
         if self.method not in METHODS:
             raise UsageError(f"method={self.method!r} is not supported; choose one of {', '.join(METHODS)}")
+        if not 0 <= self.refine <= 100:
+            raise UsageError(
+                f"refine={self.refine!r} is not supported; give a number of rounds from 0 to 100"
+            )
+        if self.scale_search not in SCALE_SEARCHES:
+            raise UsageError(
+                f"scale_search={self.scale_search!r} is not supported; choose one of {', '.join(SCALE_SEARCHES)}"
+            )
         if not 0.0 <= self.damp < 1.0:
             raise UsageError(
                 f"damp={self.damp!r} is not supported; give a fraction from 0 up to, not including, 1"

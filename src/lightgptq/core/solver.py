@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightgptq.core.grid import Grid, check_weight, dequantize_codes, fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.refine import refine
 from lightgptq.core.rtn import quadratic_loss
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.sweep import sweep
@@ -28,11 +29,12 @@ def gptq(
     W           float (out, in), not modified
     factor      of H, built with the same scheme
     H           float32 (in, in), optional: makes the reported loss exact; without it the damping's part is
-                taken off the sweep's own sum, which is the same up to rounding
+                taken off the sweep's own sum, which is the same up to rounding; needed by scheme.refine
     grid        scales and zeros to use instead of ``fit_grid``'s; static groups only
     block_size  columns updated eagerly, a matter of speed only
 
-    Raises QuantizationError when W is not finite, shapes contradict each other or a scale is beyond float16.
+    Raises QuantizationError when W is not finite, shapes contradict each other, a scale is beyond
+    float16 or H is missing.
     """
     check_weight(W)
     W = W.float()
@@ -40,7 +42,7 @@ def gptq(
         raise QuantizationError(f"H is for {factor.in_features} inputs, the weight has {W.shape[1]}")
     if scheme.static_groups:
         if grid is None:
-            grid = fit_grid(W, scheme, factor.diag)
+            grid = fit_grid(W, scheme, factor.importance())
         g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
         codes_perm, row_loss = sweep(
             W[:, factor.perm], factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size
@@ -53,6 +55,10 @@ def gptq(
         g_idx[factor.perm] = trivial_g_idx(W.shape[1], scheme, W.device)
     codes = torch.empty_like(codes_perm)
     codes[:, factor.perm] = codes_perm
+    if scheme.refine > 0:
+        if H is None:
+            raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
+        codes, grid = refine(W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge)
     D = W - dequantize_codes(codes, grid, g_idx)
     loss = _undamped_loss(D, row_loss, factor) if H is None else quadratic_loss(D, H)
     return QuantizedWeight(codes, grid.scales.half(), grid.zeros, g_idx, scheme.bits, loss)
@@ -78,7 +84,7 @@ def _sweep_dynamic(
     width = scheme.group_width(in_features)
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=W.device)
     row_loss = torch.zeros(out_features, dtype=torch.float32, device=W.device)
-    importance = factor.diag[factor.perm]
+    importance = factor.importance()[factor.perm]
     scales, zeros = [], []
     for start in range(0, in_features, width):
         end = min(start + width, in_features)

@@ -1,0 +1,80 @@
+"""Correction of the input mismatch: the quantized model feeds a layer with other inputs than the original did.
+
+GPTQ keeps ``X_q Q^T`` near ``X_q W^T``; what should be kept is the original's output ``X_o W^T``. The closest
+real-valued weight is least squares,
+
+``W' = argmin |X_o W^T - X_q W'^T|^2 + ridge |W' - W|^2 = W + W M (H + ridge I)^-1``,  ``M = (X_o - X_q)^T X_q``,
+
+and the squared error to the original's output is that of GPTQ's own objective around W', plus a constant. GPTAQ (arXiv
+2504.02692) and Qronos (2505.11695) spread the same correction over the sweep's columns; applied to the target at once
+it needs no other sweep, and refinement works on it unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightgptq.core.hessian import CHUNK_VALUES, HessianFactor
+from lightgptq.errors import QuantizationError
+
+
+class MismatchAccumulator:
+    """Sums ``M = (X_orig - X_quant)^T X_quant`` over calibration tokens, in place and in float32."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.M = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, X_orig: Tensor, X_quant: Tensor) -> None:
+        """Adds the same tokens as the original model and the quantized one see them, (..., in), any float dtype.
+
+        Raises QuantizationError when the shapes differ or a value is NaN or infinite.
+        """
+        in_features = self.M.shape[0]
+        if X_orig.shape != X_quant.shape or X_orig.dim() == 0 or X_orig.shape[-1] != in_features:
+            raise QuantizationError(
+                f"original inputs {tuple(X_orig.shape)} and quantized ones {tuple(X_quant.shape)} must both be "
+                f"(..., {in_features})"
+            )
+        X_orig, X_quant = (X.detach().reshape(-1, in_features) for X in (X_orig, X_quant))
+        step = max(1, CHUNK_VALUES // in_features)
+        for original, quantized in zip(X_orig.split(step), X_quant.split(step), strict=True):
+            quantized = quantized.to(self.M.device, torch.float32)
+            difference = original.to(self.M.device, torch.float32) - quantized
+            self.M.addmm_(difference.t(), quantized)
+        self.tokens += X_orig.shape[0]
+        if not bool(torch.isfinite(self.M.diagonal()).all()):
+            raise QuantizationError(
+                "the original's or the quantized model's activations hold NaN or infinity"
+            )
+
+    def finish(self) -> Tensor:
+        """The sum, float32 (in, in). Raises QuantizationError when no token was added."""
+        if self.tokens == 0:
+            raise QuantizationError(
+                "no calibration token reached this layer; use more text or skip it with a rule"
+            )
+        return self.M
+
+
+def corrected_target(W: Tensor, M: Tensor, factor: HessianFactor, strength: float = 1.0) -> Tensor:
+    """The weight that the quantized inputs need to give the original's output (module's equation).
+
+    W         float (out, in), the original weight, not modified
+    M         float32 (in, in) from ``MismatchAccumulator``
+    factor    of ``H = X_quant^T X_quant``
+    strength  fraction of the correction that is applied, 0 to 1
+
+    Returns float32 (out, in). Raises QuantizationError when the shapes contradict each other.
+    """
+    in_features = factor.in_features
+    if W.shape[1] != in_features or M.shape != (in_features, in_features):
+        raise QuantizationError(
+            f"the weight has {W.shape[1]} inputs, M is {tuple(M.shape)} and H is for {in_features} inputs"
+        )
+    W = W.float()
+    moved = (W @ M)[:, factor.perm]
+    correction = torch.empty_like(W)
+    correction[:, factor.perm] = (moved @ factor.U.t()) @ factor.U
+    return W + strength * correction

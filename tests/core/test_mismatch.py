@@ -1,0 +1,63 @@
+"""The corrected target is the regularised least-squares weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.oracles import corrected_weight
+
+from lightgptq.core.hessian import HessianAccumulator, HessianFactor
+from lightgptq.core.mismatch import MismatchAccumulator, corrected_target
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import QuantizationError
+
+
+def inputs(seed: int = 0, tokens: int = 300, in_features: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    original = torch.randn(tokens, in_features, generator=generator) @ mix
+    noise = 0.2 * torch.randn(tokens, in_features, generator=generator)
+    return original, original @ (torch.eye(in_features) + 0.05 * mix) + noise
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_target_solves_the_least_squares_problem(act_order, monkeypatch):
+    monkeypatch.setattr("lightgptq.core.mismatch.CHUNK_VALUES", 24 * 64)
+    X_orig, X_quant = inputs()
+    W = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    hessian, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
+    hessian.add(X_quant)
+    mismatch.add(X_orig[:200].view(2, 100, 24), X_quant[:200].view(2, 100, 24))
+    mismatch.add(X_orig[200:], X_quant[200:])
+    factor = HessianFactor.build(hessian.finish(), QuantScheme(act_order=act_order))
+    target = corrected_target(W, mismatch.finish(), factor)
+    expected = corrected_weight(W, X_orig, X_quant, factor.ridge)
+    # float32 sums of 300 terms through a system of condition < 1e4.
+    assert float((target - expected).abs().max()) < 1e-3
+    half = corrected_target(W, mismatch.finish(), factor, strength=0.5)
+    assert torch.allclose(half, 0.5 * (W + target), atol=1e-5)
+
+
+def test_equal_inputs_leave_the_weight_alone():
+    X, _ = inputs()
+    hessian, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
+    hessian.add(X)
+    mismatch.add(X, X)
+    W = torch.randn(3, 24)
+    assert torch.equal(
+        corrected_target(W, mismatch.finish(), HessianFactor.build(hessian.finish(), QuantScheme())), W
+    )
+
+
+def test_wrong_shapes_and_broken_values_are_refused():
+    X_orig, X_quant = inputs()
+    with pytest.raises(QuantizationError, match="must both be"):
+        MismatchAccumulator(24).add(X_orig[:5], X_quant)
+    X_orig[3, 2] = float("inf")
+    with pytest.raises(QuantizationError, match="NaN or infinity"):
+        MismatchAccumulator(24).add(X_orig, X_quant)
+    with pytest.raises(QuantizationError, match="no calibration token"):
+        MismatchAccumulator(24).finish()
+    factor = HessianFactor.build(torch.eye(24), QuantScheme())
+    with pytest.raises(QuantizationError, match="M is"):
+        corrected_target(torch.ones(2, 24), torch.eye(23), factor)
