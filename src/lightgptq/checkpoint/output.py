@@ -88,6 +88,22 @@ class OutputFolder:
                 shutil.rmtree(former)
             shutil.rmtree(self.partial)
 
+    @classmethod
+    def tidy(cls, out: str | Path) -> None:
+        """Remove what a kill between publishing OUT and removing OUT.partial left; an unfinished run is kept."""
+        folder = cls(out, replace=True)
+        if not folder.partial.is_dir() or folder.staging.exists():
+            return
+        try:
+            lock = folder._acquire(folder.partial / "lock")
+        except CheckpointError:  # held by the process that is just publishing, which will tidy up itself
+            return
+        try:
+            with disk_errors(folder.partial):
+                shutil.rmtree(folder.partial)
+        finally:
+            os.close(lock)
+
     def _check_out(self) -> None:
         if self.out.is_dir():
             if any(self.out.iterdir()) and not self.replace:
