@@ -49,7 +49,8 @@ def discover_groups(linears: dict[str, nn.Linear], call: Callable[[], Any]) -> l
     """Run ``call`` once and see which linears receive the same tensor, in the order in which they are reached.
 
     Two inputs are the same when they are the same rows of the same memory in the same version: a transposed view, or a
-    tensor that was changed in place in between, is another input. Linears that the call never reaches come last, each in a group of its own.
+    tensor that was changed in place in between, is another input. Linears that the call never reaches come last, each
+    in a group of its own.
     """
     keys: dict[tuple[Any, ...], list[str]] = {}
     live: dict[tuple[Any, ...], int] = {}

@@ -22,6 +22,7 @@ _OPTIONS = {
     "group_size": "--group-size",
     "sym": "--sym",
     "act_order": "--act-order",
+    "static_groups": "--static-groups",
     "method": "--method",
     "damp": "--damp",
     "rules": "--rule",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightgptq.errors import CheckpointError
+from lightgptq.errors import CheckpointError, QuantizationError
 
 REPORT_FILE = "quant_report.json"
 
@@ -56,6 +56,15 @@ class QuantReport:
     def problems(self) -> list[ModuleRecord]:
         """Modules that were not solved as asked."""
         return [m for m in self.modules if m.problem is not None]
+
+    def require_no_problems(self) -> None:
+        """Raise QuantizationError when a module was not solved as asked."""
+        if self.problems:
+            first = self.problems[0]
+            raise QuantizationError(
+                f"{len(self.problems)} modules were not solved as asked, which --strict forbids; "
+                f"the first is {first.name}: {first.problem}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without paths and times."""

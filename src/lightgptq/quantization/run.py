@@ -124,6 +124,9 @@ def quantize(
                 output.discard()
             report = run.execute(output, max_memory, max_shard_bytes)
     else:
+        OutputFolder.tidy(out)
+        if strict:
+            report.require_no_problems()
         listener(
             Progress(len(blocks), len(blocks), "publish", note=f"{out} is already finished; nothing to do")
         )
@@ -189,6 +192,8 @@ class QuantizeRun:
             for name, source in layout.copies.items():
                 writer.write_stream(name, self.skeleton.reader.stream(source))
             report = QuantReport(self.job, [record for block in journal.done for record in block])
+            if self.strict:  # a run that was started without --strict may have gone on with problems
+                report.require_no_problems()
             self._tell("publish")
             writer.finish(self._files(report))
         return report
