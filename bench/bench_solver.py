@@ -1,0 +1,233 @@
+"""The native solver against PyTorch on the same machine in the same minute: sweep, Hessian, factor, OBQ.
+
+    python -m bench.bench_solver [--only sweep,gram,factor,obq] [--repeats 5] [--quick] [--no-append]
+
+Every figure is a median with its 20th and 80th percentile over interleaved repeats, and is compared with torch's own
+float32 matrix product measured between them. Outputs are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.record import append
+from lightgptq import native
+from lightgptq.core.gram_cpu import add_gram_cpu
+from lightgptq.core.grid import Grid
+from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_torch
+from lightgptq.core.obq import obq_torch
+from lightgptq.core.obq_cpu import obq_cpu
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.sweep import sweep_torch
+from lightgptq.core.sweep_cpu import sweep_cpu
+from lightgptq.native import NativeLibrary
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+PROBE_ROWS = 2048
+
+
+def main() -> None:
+    """Run the chosen parts, print each line and append it to bench/results/solver.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="sweep,gram,factor,obq")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="first shape only")
+    parser.add_argument("--no-append", action="store_true")
+    options = parser.parse_args()
+    library = native.load()
+    if library is None:
+        raise SystemExit("the native library was not built")
+    parts: dict[str, Callable[[NativeLibrary, int, bool], list[dict[str, Any]]]] = {
+        "sweep": bench_sweep,
+        "gram": bench_gram,
+        "factor": bench_factor,
+        "obq": bench_obq,
+    }
+    for name in options.only.split(","):
+        for line in parts[name](library, options.repeats, options.quick):
+            print(line, flush=True)
+            if not options.no_append:
+                append("solver", line)
+
+
+def interleave(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, one after the other in every round; the first round warms up and is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats + 1):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80, four significant digits."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {f"p{p}": float(f"{float(ordered.quantile(p / 100)):.4g}") for p in (20, 50, 80)}
+
+
+def ratios(of: list[float], to: list[float]) -> dict[str, float]:
+    """Quantiles of the ratio of two candidates' times round by round, so that a slow minute hits both."""
+    return quantiles([a / b for a, b in zip(of, to, strict=True)])
+
+
+def sweep_problem(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Grid, Tensor]:
+    """Random weights, a well-conditioned upper factor, a 4-bit grid of group 128."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(out_features, in_features, generator=generator)
+    U = torch.randn(in_features, in_features, generator=generator).triu_(1).mul_((2 * in_features) ** -0.5)
+    U.diagonal().copy_(1 + torch.rand(in_features, generator=generator))
+    groups = -(-in_features // 128)
+    scales = torch.full((groups, out_features), 0.375)
+    zeros = torch.full((groups, out_features), 8, dtype=torch.int32)
+    return W, U, Grid(scales, zeros), torch.arange(in_features, dtype=torch.int32) // 128
+
+
+def bench_sweep(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """``out in^2`` operations per sweep (in^2 / 2 multiply-adds a row) beside torch's product of the same matrices."""
+    lines = []
+    for out_features, in_features in SHAPES[:1] if quick else SHAPES:
+        W, U, grid, g_idx = sweep_problem(out_features, in_features)
+        rows = min(128, out_features)
+        part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
+        expected, _ = sweep_torch(W[:rows], U, part, g_idx, 15)
+        codes, _ = sweep_cpu(library, W, U, grid, g_idx, 15)
+        different_rows = int((codes[:rows] != expected).any(dim=1).sum())
+        wide = U[:, :4096].contiguous()
+        seconds = interleave(
+            {
+                "sweep": lambda: sweep_cpu(library, W, U, grid, g_idx, 15),  # noqa: B023
+                "matmul": lambda: W[:PROBE_ROWS] @ wide,  # noqa: B023
+            },
+            repeats,
+        )
+        eager = interleave({"loop": lambda: sweep_torch(W, U, grid, g_idx, 15)}, 1)["loop"][0]  # noqa: B023
+        work = out_features * in_features**2
+        rate = [work / s / 1e9 for s in seconds["sweep"]]
+        probe = [2 * PROBE_ROWS * in_features * 4096 / s / 1e9 for s in seconds["matmul"]]
+        lines.append(
+            {
+                "bench": "sweep",
+                "shape": [out_features, in_features],
+                "rows_compared": rows,
+                "rows_with_other_codes": different_rows,
+                "seconds": quantiles(seconds["sweep"]),
+                "gflops": quantiles(rate),
+                "torch_matmul_gflops": quantiles(probe),
+                "fraction_of_matmul": ratios(rate, probe),
+                "eager_loop_seconds": round(eager, 2),
+                "times_faster_than_loop": round(eager / quantiles(seconds["sweep"])["p50"], 1),
+            }
+        )
+    return lines
+
+
+def bench_gram(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """``H += X^T X`` for 2048 tokens: the full product, torch's panels of a triangle, the native triangle."""
+    lines = []
+    for in_features in (4096,) if quick else (2048, 4096, 8192):
+        X = torch.randn(2048, in_features, generator=torch.Generator().manual_seed(0))
+        half = X.bfloat16()
+        H = torch.zeros(in_features, in_features)
+        add_gram_cpu(library, H, X)
+        error = float((H - X.t() @ X).triu().abs().max() / H.diagonal().max())
+        H.zero_()
+        add_gram_cpu(library, H, half)
+        half_error = float((H - half.float().t() @ half.float()).triu().abs().max() / H.diagonal().max())
+        seconds = interleave(
+            {
+                "full": lambda: H.addmm_(X.t(), X),  # noqa: B023
+                "panels": lambda: add_gram_torch(H, X),  # noqa: B023
+                "native": lambda: add_gram_cpu(library, H, X),  # noqa: B023
+                "native_bf16": lambda: add_gram_cpu(library, H, half),  # noqa: B023
+            },
+            repeats,
+        )
+        full = [2 * 2048 * in_features**2 / s / 1e9 for s in seconds["full"]]
+        lines.append(
+            {
+                "bench": "gram",
+                "tokens": 2048,
+                "in_features": in_features,
+                "largest_error": {"float32": error, "bfloat16": half_error},
+                "seconds": {name: quantiles(times) for name, times in seconds.items()},
+                "full_product_gflops": quantiles(full),
+                "times_faster_than_full_product": {
+                    name: ratios(seconds["full"], seconds[name])
+                    for name in ("panels", "native", "native_bf16")
+                },
+            }
+        )
+    return lines
+
+
+def bench_factor(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """``HessianFactor.build`` (Cholesky and inverse: 2/3 in^3 operations) beside a product of the same size."""
+    lines = []
+    for in_features in (4096,) if quick else (2048, 4096):
+        accumulator = HessianAccumulator(in_features)
+        accumulator.add(torch.randn(2 * in_features, in_features, generator=torch.Generator().manual_seed(0)))
+        H = accumulator.finish()
+        scheme = QuantScheme()
+        factor = HessianFactor.build(H, scheme)
+        ordered = H[factor.perm][:, factor.perm] + factor.ridge * torch.eye(in_features)
+        residual = float((factor.U @ (ordered @ factor.U.t()) - torch.eye(in_features)).abs().max())
+        seconds = interleave(
+            {"factor": lambda: HessianFactor.build(H, scheme), "matmul": lambda: H @ H},  # noqa: B023
+            min(repeats, 3),
+        )
+        rate = [2 / 3 * in_features**3 / s / 1e9 for s in seconds["factor"]]
+        probe = [2 * in_features**3 / s / 1e9 for s in seconds["matmul"]]
+        lines.append(
+            {
+                "bench": "factor",
+                "in_features": in_features,
+                "largest_residual": residual,
+                "seconds": quantiles(seconds["factor"]),
+                "gflops": quantiles(rate),
+                "torch_matmul_gflops": quantiles(probe),
+                "fraction_of_matmul": ratios(rate, probe),
+            }
+        )
+    return lines
+
+
+def bench_obq(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """OBQ at in_features 768, all rows natively, 16 rows in torch: seconds per row."""
+    out_features, in_features = 256, 768
+    X = torch.randn(2048, in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Hinv = torch.linalg.inv(X.t() @ X)
+    Hinv = (Hinv + Hinv.t()) / 2
+    W, _, grid, g_idx = sweep_problem(out_features, in_features)
+    rows = 2 if quick else 16
+    part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
+    started = time.perf_counter()
+    expected = obq_torch(W[:rows], Hinv, part, g_idx, 15)
+    reference = (time.perf_counter() - started) / rows
+    codes, _ = obq_cpu(library, W, Hinv, grid, g_idx, 15)
+    seconds = interleave({"obq": lambda: obq_cpu(library, W, Hinv, grid, g_idx, 15)}, min(repeats, 3))["obq"]
+    per_row = [s / out_features for s in seconds]
+    return [
+        {
+            "bench": "obq",
+            "shape": [out_features, in_features],
+            "rows_compared": rows,
+            "rows_with_other_codes": int((codes[:rows] != expected).any(dim=1).sum()),
+            "seconds": quantiles(seconds),
+            "seconds_per_row": quantiles(per_row),
+            "gflops": quantiles([in_features**3 / 3 / s / 1e9 for s in per_row]),
+            "torch_seconds_per_row": round(reference, 3),
+            "times_faster_than_torch": round(reference / quantiles(per_row)["p50"], 1),
+        }
+    ]
+
+
+if __name__ == "__main__":
+    main()
