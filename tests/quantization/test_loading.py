@@ -75,7 +75,7 @@ def test_every_kind_of_scheme_computes_its_stored_weights(
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-untied", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "opt-projected", "bloom", "gpt-neox"])
 def test_a_quantized_head_computes_its_stored_weights(
     name: str, model_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
 ) -> None:

@@ -68,8 +68,12 @@ class GPTQCheckpointConfig:
         """The config of a checkpoint made with ``scheme`` by lightgptq ``version``.
 
         Act-order with static groups leaves g_idx trivial and is written as desc_act false, static_groups
-        true, so that readers take their fast path.
+        true, so that readers take their fast path. Raises UsageError for an unknown format.
         """
+        if checkpoint_format not in FORMATS:
+            raise UsageError(
+                f"checkpoint_format={checkpoint_format!r} is not supported; choose one of {', '.join(FORMATS)}"
+            )
         return cls(
             bits=scheme.bits,
             group_size=scheme.group_size,

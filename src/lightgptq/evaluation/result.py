@@ -114,6 +114,7 @@ def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(" :")
         raise CalibrationError(
-            f"{path or 'the model'} has no tokenizer that Transformers can load: {error}"
+            f"{path or 'the model'} has no tokenizer that Transformers can load: {first}"
         ) from error

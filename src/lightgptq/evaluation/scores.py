@@ -41,11 +41,12 @@ def evaluation_windows(input_ids: Tensor, seq_len: int, max_tokens: int | None =
 
     Raises CalibrationError when the text is shorter than one window.
     """
-    count = min(input_ids.numel(), max_tokens or input_ids.numel()) // seq_len
+    used = min(input_ids.numel(), max_tokens or input_ids.numel())
+    count = used // seq_len
     if count == 0 or seq_len < 2:
         raise CalibrationError(
-            f"the evaluation text has {input_ids.numel()} tokens, fewer than one window of {seq_len}; "
-            "give a longer text or a smaller --seq-len"
+            f"{used} tokens of the evaluation text are to be used, fewer than one window of {seq_len}; "
+            "give a longer text, more --max-tokens or a smaller --seq-len"
         )
     return input_ids[: count * seq_len].view(count, seq_len)
 

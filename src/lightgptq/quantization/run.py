@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.output import OutputFolder
@@ -87,6 +87,8 @@ def quantize(
     reader = CheckpointReader.open(str(src), revision=revision)
     if Path(src).exists() and out.resolve() == Path(src).resolve():
         raise UsageError(f"OUT {out} is the source itself; give another folder")
+    if reader.config.get("quantization_config") is not None or reader.quantization_config() is not None:
+        raise UsageError(f"{src} is quantized already; give the original model")
     target = _device(device)
     config = GPTQCheckpointConfig.from_scheme(
         scheme,
@@ -315,18 +317,35 @@ def _windows(
     seed: int,
     trust_remote_code: bool,
 ) -> CalibrationSet:
-    if isinstance(calibration, CalibrationSet):
-        return calibration
     context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
-    elif context is not None and seq_len > context:
-        raise CalibrationError(f"--seq-len {seq_len} is beyond the model's context of {context} tokens")
-    try:
-        folder = str(local_folder(skeleton.reader))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    if isinstance(calibration, CalibrationSet):
+        seq_len = calibration.seq_len
+    seq_len = seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
+    if context is not None and seq_len > context:
         raise CalibrationError(
-            f"{skeleton.reader.label} has no tokenizer that Transformers can load: {error}"
+            f"calibration windows of {seq_len} tokens are beyond the model's context of {context} tokens; "
+            "give a smaller --seq-len"
+        )
+    if isinstance(calibration, CalibrationSet):
+        windows = calibration
+    else:
+        tokenizer = _tokenizer(skeleton.reader, trust_remote_code)
+        windows = CalibrationSet.build(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    vocabulary = getattr(skeleton.model.get_input_embeddings(), "num_embeddings", windows.input_ids.max() + 1)
+    low, high = int(windows.input_ids.min()), int(windows.input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(
+            f"calibration holds token {low if low < 0 else high}, the model's vocabulary has {vocabulary}; "
+            "give the model's own tokenizer"
+        )
+    return windows
+
+
+def _tokenizer(reader: CheckpointReader, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(local_folder(reader)), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(" :")
+        raise CalibrationError(
+            f"{reader.label} has no tokenizer that Transformers can load: {first}"
         ) from error
-    return CalibrationSet.build(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
