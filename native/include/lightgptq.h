@@ -69,6 +69,9 @@ LGQ_API int32_t lgq_num_threads(void);
 LGQ_API int32_t lgq_packed_bytes(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits,
                                  const int32_t *g_idx, int64_t *bytes);
 
+/* Asks the system to back this memory, not touched yet, with huge pages where it can. Only ever a hint. */
+LGQ_API void lgq_advise_huge_pages(void *memory, int64_t bytes);
+
 /* Repacks it into `packed`, which starts at a multiple of 64 bytes. */
 LGQ_API int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, int32_t zero_offset,
                          const int32_t *qweight, const int32_t *qzeros, const uint16_t *scales, const int32_t *g_idx,
@@ -107,6 +110,16 @@ LGQ_API int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, 
 LGQ_API int32_t lgq_obq(const float *w, const double *hinv, int64_t rows, int64_t cols, const float *scales,
                         const int32_t *zeros, int64_t groups, const int32_t *group, int32_t max_code, uint8_t *codes,
                         double *loss);
+
+/* The grid of least weighted error sum_i h_i (w_i - q(w_i))^2 for every row and run of group_width columns: the best of
+ * the candidates, the first of equal ones; then up to `refits` times the least-squares scale for its codes, rounded to
+ * float16, as long as the error falls.
+ * w float (rows, ldw); importance float (cols,), not negative; scales float, not 0, zeros int32
+ * (candidates, rows, groups); best_scales float, best_zeros int32 (rows, groups). */
+LGQ_API int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64_t cols, int64_t groups,
+                                int64_t group_width, const float *importance, int64_t candidates, const float *scales,
+                                const int32_t *zeros, int32_t refits, int32_t max_code, float *best_scales,
+                                int32_t *best_zeros);
 
 #ifdef __cplusplus
 }

@@ -11,9 +11,9 @@ namespace {
 
 #define LGQ_INLINE static inline __attribute__((always_inline))
 
-// One run of 64 bytes is two registers of 8 outputs; `half` chooses.
+// A vector of 16 outputs is two registers; `half` points to one.
 LGQ_INLINE __m256i run_at(const uint8_t *half, int run) {
-  return _mm256_load_si256(reinterpret_cast<const __m256i *>(half + run * 64));
+  return _mm256_load_si256(reinterpret_cast<const __m256i *>(half + run * kRunBytes));
 }
 
 template <int SHIFT>
@@ -42,7 +42,7 @@ LGQ_INLINE __m256i quad_bytes(const uint8_t *half) {
 // Registers of 8 outputs that one pass works on, so that accumulators fit into 16 registers.
 template <int MR>
 constexpr int halves_at_once() {
-  return MR == 1 ? 8 : MR == 2 ? 4 : MR == 4 ? 2 : 1;
+  return MR == 1 ? 8 : MR == 4 ? 2 : 1;
 }
 
 // Byte J of every lane, alone in the lane.
@@ -72,20 +72,13 @@ LGQ_INLINE void quad_exact(const uint8_t *codes, const float *x, __m256 (&acc)[N
     __m256i bytes[step];
     auto &part = reinterpret_cast<__m256(&)[step][MR]>(acc[n]);
 #pragma GCC unroll 2
-    for (int i = 0; i < step; ++i) bytes[i] = quad_bytes<BITS, Q>(codes + (n + i) / 2 * 64 * BITS + (n + i) % 2 * 32);
+    for (int i = 0; i < step; ++i) bytes[i] = quad_bytes<BITS, Q>(codes + (n + i) * 32);
     multiply_byte<0>(bytes, x + Q * MR * 4, part);
     multiply_byte<1>(bytes, x + Q * MR * 4, part);
     multiply_byte<2>(bytes, x + Q * MR * 4, part);
     multiply_byte<3>(bytes, x + Q * MR * 4, part);
   }
 }
-
-LGQ_INLINE void prefetch_unit(const uint8_t *p, int bytes) {
-#pragma GCC unroll 32
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
-}
-
-constexpr int kPrefetch = 4096;  // bytes ahead
 
 template <int BITS, int MR, int NH>
 LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
@@ -96,10 +89,9 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mul_ps(zero, _mm256_broadcast_ss(a.init + m));
   }
-  const uint8_t *codes = a.codes + h0 / 2 * 64 * BITS + h0 % 2 * 32;
+  const uint8_t *codes = a.codes + h0 * 32;
   const float *x = reinterpret_cast<const float *>(a.x);
   for (int u = 0; u < a.units; ++u) {
-    if (NH > 1) prefetch_unit(codes + kPrefetch, NH * 32 * BITS);
     quad_exact<BITS, MR, NH, 0>(codes, x, acc);
     quad_exact<BITS, MR, NH, 1>(codes, x, acc);
     quad_exact<BITS, MR, NH, 2>(codes, x, acc);
@@ -126,7 +118,7 @@ template <int BITS, int MR, int NH, int Q>
 LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m256i (&low)[NH][MR], __m256i (&high)[NH][MR]) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
-    const __m256i bytes = quad_bytes<BITS, Q>(codes + n / 2 * 64 * BITS + n % 2 * 32);
+    const __m256i bytes = quad_bytes<BITS, Q>(codes + n * 32);
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i first = BITS == 8 ? _mm256_and_si256(bytes, nibble) : bytes;
     const __m256i second = _mm256_and_si256(_mm256_srli_epi32(bytes, 4), nibble);
@@ -149,10 +141,9 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(init[m]));
   }
-  const uint8_t *codes = a.codes + h0 / 2 * 64 * BITS + h0 % 2 * 32, *x = a.x;
+  const uint8_t *codes = a.codes + h0 * 32, *x = a.x;
   const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
   for (int u = 0; u < a.units; ++u) {
-    if (NH > 1) prefetch_unit(codes + kPrefetch, NH * 32 * BITS);
     __m256i low[NH][MR], high[NH][MR];
 #pragma GCC unroll 8
     for (int n = 0; n < NH; ++n)
@@ -225,7 +216,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   alignas(32) float f[kSegment];
   alignas(32) int8_t q[kSegment];
   for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows);
+    const Tile tile = tile_of(row, p.rows, kTileRows);
     const int64_t lane = row - tile.start;
     for (int64_t s = 0; s < x.segments; ++s) {
       const Segment &segment = p.w.segments[s];

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "convert.h"
 #include "matmul.h"
@@ -29,18 +30,23 @@ struct Tile {
   int rows;
 };
 
-// Rows are cut into tiles of 12, then 8, 4, 2, 1; a rest of 16 becomes two of 8 rather than 12 + 4.
-inline Tile tile_of(int64_t row, int64_t rows) {
-  int64_t full = rows - rows % kTileRows;
-  if (rows - full == 4 && full > 0) full -= kTileRows;
-  if (row < full) return {row / kTileRows * kTileRows, kTileRows};
+// Rows are cut into tiles of `most` (12 or 4), then 8, 4 and 1; a rest of 16 becomes two of 8 rather than 12 + 4. Few sizes,
+// because each is a kernel of its own for every width and arithmetic.
+inline Tile tile_of(int64_t row, int64_t rows, int most) {
+  int64_t full = rows - rows % most;
+  if (most == kTileRows && rows - full == 4 && full > 0) full -= kTileRows;
+  if (row < full) return {row / most * most, most};
   int64_t start = full;
-  for (int size = 8;; size /= 2)
+  for (int size : {8, 4, 1})
     while (rows - start >= size) {
       if (row < start + size) return {start, size};
       start += size;
     }
+  return {row, 1};
 }
+
+// Splitting activations into several terms multiplies the code of a tile; float16 and float32 get the small ones only.
+constexpr int most_rows(int terms) { return terms > 1 ? 4 : kTileRows; }
 
 // The prepared activations in the scratch buffer: for each tile [word][row of the tile], so that the tile's inner loop
 // walks one pointer; then per tile [segment][row] the start value of an accumulator, and (int8) the scale.
@@ -113,18 +119,12 @@ inline float round_to_int8(const float *f, int n, int8_t *q) {
 
 template <class Kernel, int BITS, int T>
 void segment_for_tile(int rows, const TileArgs &args) {
-  switch (rows) {
-    case 12:
-      return Kernel::template tile<BITS, T, 12>(args);
-    case 8:
-      return Kernel::template tile<BITS, T, 8>(args);
-    case 4:
-      return Kernel::template tile<BITS, T, 4>(args);
-    case 2:
-      return Kernel::template tile<BITS, T, 2>(args);
-    default:
-      return Kernel::template tile<BITS, T, 1>(args);
+  if constexpr (most_rows(T) > 4) {
+    if (rows == 12) return Kernel::template tile<BITS, T, 12>(args);
+    if (rows == 8) return Kernel::template tile<BITS, T, 8>(args);
   }
+  if (rows == 4) return Kernel::template tile<BITS, T, 4>(args);
+  Kernel::template tile<BITS, T, 1>(args);
 }
 
 template <class Kernel, int BITS, int T>
@@ -144,7 +144,7 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
     for (int o = 0; o < kBlock; ++o)
       bias[o] = p.bias != nullptr && o < count ? load_float(p.bias, p.bias_dtype, first + o) : 0.0f;
     for (int64_t top = 0, bottom; top < p.rows; top = bottom) {
-      for (bottom = top; bottom < p.rows && bottom - top < kBand;) bottom += tile_of(bottom, p.rows).rows;
+      for (bottom = top; bottom < p.rows && bottom - top < kBand;) bottom += tile_of(bottom, p.rows, most_rows(T)).rows;
       std::memset(totals, 0, static_cast<size_t>(bottom - top) * kBlock * sizeof(float));
       for (int64_t s = 0; s < h.segments; ++s) {
         const Segment &segment = p.w.segments[s];
@@ -153,8 +153,9 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
         args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
         args.units = segment.units;
         for (int64_t row = top; row < bottom;) {
-          const Tile tile = tile_of(row, p.rows);
-          args.x = x.words + row * x.row_bytes + static_cast<int64_t>(segment.unit) * kUnit * Kernel::word_bytes(T) * tile.rows;
+          const Tile tile = tile_of(row, p.rows, most_rows(T));
+          args.x = x.words + row * x.row_bytes +
+                   static_cast<int64_t>(segment.unit) * kUnit * Kernel::word_bytes(T) * tile.rows;
           args.init = x.init + row * x.segments + s * tile.rows;
           args.scale = x.scale + row * x.segments + s * tile.rows;
           args.totals = totals + (row - top) * kBlock;

@@ -6,10 +6,10 @@
 // units of 32 inputs (the activations there are zero). Outputs are cut into blocks of 64 = 4 vectors of 16. Codes lie in
 // the order in which a matrix-vector product reads them, so that one thread reads one stream:
 //
-//   [block][unit][vector][64 * bits bytes]
+//   [block][unit][run: 1..bits][vector][64 bytes]
 //
-// In each run of 64 bytes, the 32-bit lane l belongs to output l of the vector, and byte j of the lane to inputs j mod 4:
-// "quad" q of a unit is inputs 4q..4q+3, one byte each. Where the fields of the 8 quads are, as (run, shift in the byte):
+// In each 64 bytes, the 32-bit lane l belongs to output l of the vector, and byte j of the lane to inputs j mod 4: "quad"
+// q of a unit is inputs 4q..4q+3, one byte each. Where the fields of the 8 quads are, as (run, shift in the byte):
 //
 //   8 bits  quad q: run q                      4 bits  quad q: run q/2, shift 4*(q%2)
 //   2 bits  quad q: run q/4, shift 2*(q%4)     3 bits  quads 0..5: run q/2, shift 3*(q%2); quads 6, 7: low two bits at
@@ -28,6 +28,7 @@ constexpr int kVectorsPerBlock = 4;
 constexpr int kBlock = kVector * kVectorsPerBlock;
 constexpr int kUnit = 32;
 constexpr int kQuads = kUnit / 4;
+constexpr int kRunBytes = kBlock * 4;
 constexpr int kSegment = 128;
 constexpr int64_t kAlign = 64;
 constexpr uint64_t kMagic = 0x31304B5051474Cull;  // "LGQPK01"

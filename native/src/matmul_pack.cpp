@@ -2,6 +2,9 @@
 // dequantized weight.
 #include <cstdlib>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "convert.h"
 #include "lightgptq.h"
@@ -143,13 +146,11 @@ void pack_unit(const PackedHeader &h, const uint32_t *qweight, const int32_t *so
       merge_codes(low, high, shift, (1u << bits) - 1, byte + quad_shift(bits, quad), lanes[quad_run(bits, quad)], count);
     }
   }
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-    for (int run = 0; run < bits; ++run)
-      std::memcpy(codes + (v * bits + run) * 64, lanes[run] + v * kVector, 64);
+  std::memcpy(codes, lanes, static_cast<size_t>(bits) * kRunBytes);
 }
 
 uint32_t code_at(const uint8_t *vector, int bits, int quad, int lane, int byte) {
-  const auto at = [&](int run) { return static_cast<uint32_t>(vector[run * 64 + lane * 4 + byte]); };
+  const auto at = [&](int run) { return static_cast<uint32_t>(vector[run * kRunBytes + lane * 4 + byte]); };
   if (quad_is_split(bits, quad)) return (at(quad - 6) >> 6) | (((at(2) >> quad) & 1u) << 2);
   return (at(quad_run(bits, quad)) >> quad_shift(bits, quad)) & ((1u << bits) - 1);
 }
@@ -184,6 +185,17 @@ int32_t lgq_packed_bytes(int64_t in_features, int64_t out_features, int64_t grou
   const int32_t status = plan(in_features, out_features, groups, bits, g_idx, &header);
   if (status == LGQ_OK) *bytes = header.total_bytes;
   return status;
+}
+
+void lgq_advise_huge_pages(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes > 0 ? bytes : 0)) & ~(kHuge - 1);
+  if (memory != nullptr && begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, int32_t zero_offset,
@@ -248,7 +260,7 @@ int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, i
         const int zero = view.zeros[at];
         for (int k = 0; k < segment.inputs; ++k) {
           const uint8_t *vector = view.codes + (block * h.units + segment.unit + k / kUnit) * view.unit_bytes() +
-                                  out % kBlock / kVector * 64 * h.bits;
+                                  out % kBlock / kVector * 64;
           const int code = static_cast<int>(code_at(vector, h.bits, k % kUnit / 4, lane, k % 4));
           const int32_t position = segment.position + k;
           const int64_t input = view.permutation != nullptr ? view.permutation[position] : position;

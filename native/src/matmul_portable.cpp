@@ -7,7 +7,7 @@ namespace {
 template <int BITS, class Number>
 void decode_unit(const uint8_t *vector, const int32_t *zero, Number (*out)[kVector]) {
   uint32_t lane[BITS][kVector];
-  std::memcpy(lane, vector, sizeof lane);
+  for (int run = 0; run < BITS; ++run) std::memcpy(lane[run], vector + run * kRunBytes, sizeof lane[run]);
   for (int k = 0; k < kUnit; ++k) {
     const int quad = k / 4, byte = 8 * (k % 4);
     if (quad_is_split(BITS, quad)) {
@@ -31,7 +31,7 @@ void tile_as(const TileArgs &a) {
     Number acc[MR][kVector] = {};
     Number codes[kUnit][kVector];
     for (int u = 0; u < a.units; ++u) {
-      decode_unit<BITS>(a.codes + u * a.unit_bytes + v * 64 * BITS, zeros + v * kVector, codes);
+      decode_unit<BITS>(a.codes + u * a.unit_bytes + v * 64, zeros + v * kVector, codes);
       const Input *x = reinterpret_cast<const Input *>(a.x) + u * kUnit * MR;
       for (int m = 0; m < MR; ++m)
         for (int k = 0; k < kUnit; ++k) {
@@ -80,7 +80,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   float f[kSegment];
   int8_t q[kSegment];
   for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows);
+    const Tile tile = tile_of(row, p.rows, kTileRows);
     const int64_t lane = row - tile.start;
     for (int64_t s = 0; s < x.segments; ++s) {
       const Segment &segment = p.w.segments[s];

@@ -26,6 +26,8 @@ def _declare(library: native.NativeLibrary) -> Any:
     if lib.lgq_matmul.argtypes is None:
         lib.lgq_packed_bytes.argtypes = [_size, _size, _size, _int, _pointer, ctypes.POINTER(_size)]
         lib.lgq_pack.argtypes = [_size] * 3 + [_int] * 2 + [_pointer] * 5 + [_size]
+        lib.lgq_advise_huge_pages.argtypes = [_pointer, _size]
+        lib.lgq_advise_huge_pages.restype = None
         lib.lgq_dequantize.argtypes = [_pointer, _size, _pointer, _int]
         lib.lgq_matmul.argtypes = [
             *[_pointer, _size, _size, _pointer, _size],
@@ -103,6 +105,8 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
         rows = rows.contiguous()
     count = rows.shape[0]
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if count == 0:
+        return y
     dtype = native.DTYPES[x.dtype]
     bias_pointer, bias_dtype = None, 0
     if bias is not None:
@@ -149,8 +153,10 @@ def _allocate(size: int) -> Tensor:
         whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         start = -whole.data_ptr() % ALIGNMENT
         return whole[start : start + size]
-    whole = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+    # Rounded up, so that the last page is a huge one too.
+    whole = torch.empty(-(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
+    _declare(_library()).lgq_advise_huge_pages(whole.data_ptr(), whole.numel())
     return whole[start : start + size]
 
 
