@@ -18,6 +18,7 @@ from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 
 PANEL = 512  # columns multiplied at a time: at 4096 inputs 9/16 of a full product
+INVERSE_BASE = 256  # triangles up to this size are inverted by one solve
 CHUNK_VALUES = 1 << 22  # activations converted to float32 at a time: 16 MiB
 LARGEST_DAMP = 1.0
 SMALLEST_DAMP = 1e-6  # where growing starts when damp is 0
@@ -168,17 +169,9 @@ def _factor_with_damping(
     H: Tensor, perm: Tensor, dead: Tensor, mean: float, damp: float
 ) -> tuple[Tensor, float]:
     """U and the damping used: the one asked for, or the first of its multiples by 10 that can be factored."""
-    reverse = perm.flip(0)
-    flipped = H[reverse][:, reverse].div_(mean)
-    flipped_dead = dead.flip(0)
-    flipped[flipped_dead] = 0
-    flipped[:, flipped_dead] = 0
-    flipped.diagonal()[flipped_dead] = 1
-    tried, added = damp, 0.0
+    tried = damp
     while True:
-        flipped.diagonal().add_(tried - added)
-        added = tried
-        U = _invert_factor(flipped)
+        U = _invert_factor(_damped_and_flipped(H, perm, dead, mean, tried))
         if U is not None:
             return U.div_(mean**0.5), tried
         if tried >= LARGEST_DAMP:
@@ -189,13 +182,51 @@ def _factor_with_damping(
         tried = min(LARGEST_DAMP, max(tried * 10, SMALLEST_DAMP))
 
 
+def _damped_and_flipped(H: Tensor, perm: Tensor, dead: Tensor, mean: float, damp: float) -> Tensor:
+    """``H / mean + damp I`` with rows and columns in reverse solving order: the only copy of H that is made."""
+    reverse, flipped_dead = perm.flip(0), dead.flip(0)
+    flipped = torch.empty_like(H)
+    for start in range(0, H.shape[0], PANEL):
+        rows = reverse[start : start + PANEL]
+        torch.index_select(H.index_select(0, rows).div_(mean), 1, reverse, out=flipped[start : start + PANEL])
+    flipped[flipped_dead] = 0
+    flipped[:, flipped_dead] = 0
+    flipped.diagonal()[flipped_dead] = 1
+    flipped.diagonal().add_(damp)
+    return flipped
+
+
 def _invert_factor(flipped: Tensor) -> Tensor | None:
-    """``U`` of ``flip(flipped)``, or None when that is not positive definite in float32."""
-    L, info = torch.linalg.cholesky_ex(flipped)
+    """``U`` of ``flip(flipped)``, or None when that is not positive definite in float32; overwrites its argument.
+
+    LAPACK works in place on column-major matrices, which a symmetric matrix's transpose is.
+    """
+    L = flipped.t()
+    info = torch.zeros((), dtype=torch.int32, device=L.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
     if int(info) != 0:
         return None
-    eye = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
-    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    if not bool(torch.isfinite(inverse).all()) or not bool((inverse.diagonal() > 0).all()):
+    invert_lower_(L)
+    if not bool(torch.isfinite(L.diagonal()).all()) or not bool(torch.isfinite(L.sum())):
         return None
-    return inverse.flip(0, 1).contiguous()
+    U = torch.empty(L.shape, dtype=L.dtype, device=L.device)
+    for start in range(0, len(U), PANEL):
+        end = min(start + PANEL, len(U))
+        U[start:end] = L[len(U) - end : len(U) - start].flip(0, 1)
+    return U
+
+
+def invert_lower_(L: Tensor) -> None:
+    """``L <- L^-1`` in place, L (n, n) lower triangular: n^3/3 products, most of them in large matrix products.
+
+    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``; a solve with the identity takes three times as many.
+    """
+    n = L.shape[0]
+    if n <= INVERSE_BASE:
+        eye = torch.eye(n, dtype=L.dtype, device=L.device)
+        L.copy_(torch.linalg.solve_triangular(L, eye, upper=False))
+        return
+    half = n // 2
+    invert_lower_(L[:half, :half])
+    invert_lower_(L[half:, half:])
+    L[half:, :half] = (L[half:, half:] @ (L[half:, :half] @ L[:half, :half])).neg_()
