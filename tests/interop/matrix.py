@@ -69,13 +69,14 @@ def run(command: list[str], results: Path) -> int:
 def ours(model: str, work: Path, python: str) -> int:
     """lightgptq quantizes, GPTQModel and lightgptq read."""
     failed = 0
-    for name, options in OURS.items():
-        out = work / "ours" / name
+    folders = [work / "ours" / name for name in OURS]
+    for out, options in zip(folders, OURS.values(), strict=True):
         if not (out / "config.json").exists():
             command = [str(Path(sys.executable).with_name("lightgptq")), "quantize", model, str(out)]
             failed += run([*command, *options.split(), *CALIBRATION], work / "results.jsonl") != 0
-        failed += run([sys.executable, str(READ), str(out), "--json"], work / "results.jsonl")
-        failed += run([python, str(PEER_READS), str(out), "--json"], work / "results.jsonl")
+    made = [str(out) for out in folders if (out / "config.json").exists()]
+    for command in ([sys.executable, str(READ)], [python, str(PEER_READS)]):
+        failed += run([*command, *made, "--json"], work / "results.jsonl") != 0
     return failed
 
 
@@ -86,12 +87,13 @@ def theirs(model: str, work: Path, python: str) -> int:
     if not windows.exists():
         command = [sys.executable, str(HERE / "export_windows.py"), model, str(windows), *CALIBRATION]
         subprocess.run(command, check=True)
-    for name, options in THEIRS.items():
-        out = work / "theirs" / name
+    folders = [work / "theirs" / name for name in THEIRS]
+    for out, options in zip(folders, THEIRS.values(), strict=True):
         if not (out / "config.json").exists():
             command = [python, str(HERE / "gptqmodel_quantizes.py"), model, str(out), str(windows)]
             failed += run([*command, *options.split(), "--json"], work / "quantize.jsonl") != 0
-        failed += run([sys.executable, str(READ), str(out), "--json"], work / "results.jsonl")
+    made = [str(out) for out in folders if (out / "config.json").exists()]
+    failed += run([sys.executable, str(READ), *made, "--json"], work / "results.jsonl") != 0
     return failed
 
 
