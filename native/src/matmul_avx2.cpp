@@ -42,7 +42,7 @@ LGQ_INLINE __m256i quad_bytes(const uint8_t *half) {
 // Registers of 8 outputs that one pass works on, so that accumulators fit into 16 registers.
 template <int MR>
 constexpr int halves_at_once() {
-  return MR == 1 ? 8 : MR == 4 ? 2 : 1;
+  return MR == 1 ? 8 : 2;
 }
 
 // Byte J of every lane, alone in the lane.
@@ -58,7 +58,7 @@ LGQ_INLINE void multiply_byte(const __m256i (&bytes)[NH], const float *x, __m256
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256 w = _mm256_cvtepi32_ps(byte_of_lanes<J>(bytes[n]));
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + m * 4 + J), acc[n][m]);
   }
 }
@@ -86,7 +86,7 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256 zero = _mm256_load_ps(a.grid->zero + (h0 + n) * 8);
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mul_ps(zero, _mm256_broadcast_ss(a.init + m));
   }
   const uint8_t *codes = a.codes + h0 * 32;
@@ -106,7 +106,7 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256 scale = _mm256_load_ps(a.grid->scale + (h0 + n) * 8);
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       float *total = a.totals + m * kBlock + (h0 + n) * 8;
       _mm256_store_ps(total, _mm256_fmadd_ps(acc[n][m], scale, _mm256_load_ps(total)));
@@ -122,7 +122,7 @@ LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m256i (&low)
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i first = BITS == 8 ? _mm256_and_si256(bytes, nibble) : bytes;
     const __m256i second = _mm256_and_si256(_mm256_srli_epi32(bytes, 4), nibble);
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const __m256i xm = _mm256_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
       low[n][m] = _mm256_add_epi16(low[n][m], _mm256_maddubs_epi16(first, xm));
@@ -138,7 +138,7 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256i zero = _mm256_load_si256(reinterpret_cast<const __m256i *>(a.grid->zero + (h0 + n) * 8));
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(init[m]));
   }
   const uint8_t *codes = a.codes + h0 * 32, *x = a.x;
@@ -147,7 +147,7 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
     __m256i low[NH][MR], high[NH][MR];
 #pragma GCC unroll 8
     for (int n = 0; n < NH; ++n)
-#pragma GCC unroll 12
+#pragma GCC unroll 4
       for (int m = 0; m < MR; ++m) low[n][m] = high[n][m] = _mm256_setzero_si256();
     quad_int8<BITS, MR, NH, 0>(codes, x, low, high);
     quad_int8<BITS, MR, NH, 1>(codes, x, low, high);
@@ -159,7 +159,7 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
     quad_int8<BITS, MR, NH, 7>(codes, x, low, high);
 #pragma GCC unroll 8
     for (int n = 0; n < NH; ++n)
-#pragma GCC unroll 12
+#pragma GCC unroll 4
       for (int m = 0; m < MR; ++m) {
         acc[n][m] = _mm256_add_epi32(acc[n][m], _mm256_madd_epi16(low[n][m], one));
         if (BITS == 8) acc[n][m] = _mm256_add_epi32(acc[n][m], _mm256_madd_epi16(high[n][m], sixteen));
@@ -170,7 +170,7 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256 scale = _mm256_load_ps(a.grid->scale + (h0 + n) * 8);
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       float *total = a.totals + m * kBlock + (h0 + n) * 8;
       const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[n][m]), _mm256_broadcast_ss(a.scale + m));
@@ -193,7 +193,7 @@ struct Avx2 {
     }
   }
 
-  template <int BITS, int T, int MR>
+  template <int BITS, int T, int MR, bool AHEAD>
   static void tile(const TileArgs &a) {
     constexpr int NH = T == 0 && MR == 1 ? 2 : halves_at_once<MR>();
     for (int h0 = 0; h0 < 2 * kVectorsPerBlock; h0 += NH) {
@@ -216,7 +216,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   alignas(32) float f[kSegment];
   alignas(32) int8_t q[kSegment];
   for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows, kTileRows);
+    const Tile tile = tile_of(row, p.rows);
     const int64_t lane = row - tile.start;
     for (int64_t s = 0; s < x.segments; ++s) {
       const Segment &segment = p.w.segments[s];

@@ -4,10 +4,9 @@
 // two nibbles: 1 + low / 16 and 16 + high). All of these are exact, the constant's share is taken off by starting the
 // accumulator at -(A + zero / D) * sum(x). float32 activations are split into three bf16 terms (24 bits), float16 into two.
 // int8: codes are unsigned bytes, activations signed ones; the accumulator starts at -zero * sum(x).
-//
-// No software prefetch: on Zen 4 every variant tried (1 to 8 KiB ahead, in bursts or spread) lost 15 to 40 % of the
-// bandwidth to the hardware's own.
 #include <immintrin.h>
+
+#include <utility>
 
 #include "matmul_driver.h"
 
@@ -74,126 +73,132 @@ LGQ_INLINE __m512bh high_nibbles(const uint8_t *vector) {
   return (__m512bh)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), kAndOr);
 }
 
-template <int MR>
-constexpr int vectors_at_once() {
-  return MR <= 4 ? 4 : 2;
+// Quad Q's share of fetching as many bytes as a unit has into the first-level cache. Only where arithmetic is the limit:
+// for a matrix-vector product every variant tried (1 to 8 KiB ahead, in bursts or spread) lost 15 to 40 % of the bandwidth
+// to what the hardware does by itself (2 cores of Zen 4).
+template <int BITS, int Q>
+LGQ_INLINE void fetch_share(const uint8_t *next) {
+  constexpr int lines = kVectorsPerBlock * BITS;
+#pragma GCC unroll 4
+  for (int i = Q * lines / kQuads; i < (Q + 1) * lines / kQuads; ++i)
+    _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T0);
 }
 
-template <int BITS, int MR, int NV, int Q>
-LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m512i (&acc)[NV][MR]) {
-  __m512i w[NV];
+template <int BITS, int MR, int Q>
+LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m512i (&acc)[kVectorsPerBlock][MR]) {
+  __m512i w[kVectorsPerBlock];
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
-#pragma GCC unroll 12
+  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
+#pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
     const __m512i xm = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[v][m] = _mm512_dpbusd_epi32(acc[v][m], w[v], xm);
+    for (int v = 0; v < kVectorsPerBlock; ++v) acc[v][m] = _mm512_dpbusd_epi32(acc[v][m], w[v], xm);
   }
 }
 
-template <int T, int MR, int NV>
-LGQ_INLINE void dot_pairs(const __m512bh (&w)[NV], const uint8_t *x, __m512 (&acc)[NV][MR]) {
+template <int T, int MR>
+LGQ_INLINE void dot_pairs(const __m512bh (&w)[kVectorsPerBlock], const uint8_t *x, __m512 (&acc)[kVectorsPerBlock][MR]) {
 #pragma GCC unroll 3
   for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const __m512i xm = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(x)[t * MR + m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[v][m] = _mm512_dpbf16_ps(acc[v][m], w[v], (__m512bh)xm);
+      for (int v = 0; v < kVectorsPerBlock; ++v) acc[v][m] = _mm512_dpbf16_ps(acc[v][m], w[v], (__m512bh)xm);
     }
   }
 }
 
-template <int BITS, int T, int MR, int NV, int Q, int ODD>
-LGQ_INLINE void pair_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[NV][MR]) {
+template <int BITS, int T, int MR, int Q, int ODD>
+LGQ_INLINE void pair_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[kVectorsPerBlock][MR]) {
   const uint8_t *xp = x + (2 * Q + ODD) * T * MR * 4;
-  __m512bh w[NV];
+  __m512bh w[kVectorsPerBlock];
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) w[v] = pair_floats<BITS, Q, ODD>(codes + v * 64);
+  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = pair_floats<BITS, Q, ODD>(codes + v * 64);
   dot_pairs<T>(w, xp, acc);
   if constexpr (BITS == 8) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = high_nibbles<Q, ODD>(codes + v * 64);
+    for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = high_nibbles<Q, ODD>(codes + v * 64);
     dot_pairs<T>(w, xp, acc);
   }
 }
 
-template <int BITS, int T, int MR, int NV, int Q>
-LGQ_INLINE void quad_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[NV][MR]) {
-  pair_exact<BITS, T, MR, NV, Q, 0>(codes, x, acc);
-  pair_exact<BITS, T, MR, NV, Q, 1>(codes, x, acc);
+template <int BITS, int T, int MR, int Q>
+LGQ_INLINE void quad_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)[kVectorsPerBlock][MR]) {
+  pair_exact<BITS, T, MR, Q, 0>(codes, x, acc);
+  pair_exact<BITS, T, MR, Q, 1>(codes, x, acc);
 }
 
-template <int BITS, int MR, int NV>
-LGQ_INLINE void tile_int8(const TileArgs &a, int v0) {
-  __m512i acc[NV][MR];
+template <int BITS, int MR, bool AHEAD, int... Q>
+LGQ_INLINE void unit_int8(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
+                          __m512i (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
+  ((AHEAD ? fetch_share<BITS, Q>(next) : void(), quad_int8<BITS, MR, Q>(codes, x, acc)), ...);
+}
+
+template <int BITS, int MR, bool AHEAD>
+LGQ_INLINE void tile_int8(const TileArgs &a) {
+  __m512i acc[kVectorsPerBlock][MR];
   const int32_t *init = reinterpret_cast<const int32_t *>(a.init);
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const __m512i zero = _mm512_load_si512(a.grid->zero + (v0 + v) * kVector);
-#pragma GCC unroll 12
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512i zero = _mm512_load_si512(a.grid->zero + v * kVector);
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const __m512i start = _mm512_set1_epi32(init[m]);
       acc[v][m] = a.grid->symmetric ? start : _mm512_mullo_epi32(zero, start);
     }
   }
-  const uint8_t *codes = a.codes + v0 * 64, *x = a.x;
+  const uint8_t *codes = a.codes, *next = a.next, *x = a.x;
   for (int u = 0; u < a.units; ++u) {
-    quad_int8<BITS, MR, NV, 0>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 1>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 2>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 3>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 4>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 5>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 6>(codes, x, acc);
-    quad_int8<BITS, MR, NV, 7>(codes, x, acc);
-    codes += kVectorsPerBlock * 64 * BITS;
+    unit_int8<BITS, MR, AHEAD>(codes, next, x, acc, std::make_integer_sequence<int, kQuads>());
+    codes += kRunBytes * BITS;
+    next += kRunBytes * BITS;
     x += kUnit * MR;
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const __m512 scale = _mm512_load_ps(a.grid->scale + (v0 + v) * kVector);
-#pragma GCC unroll 12
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512 scale = _mm512_load_ps(a.grid->scale + v * kVector);
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      float *total = a.totals + m * kBlock + (v0 + v) * kVector;
+      float *total = a.totals + m * kBlock + v * kVector;
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[v][m]), _mm512_set1_ps(a.scale[m]));
       _mm512_store_ps(total, _mm512_fmadd_ps(scaled, scale, _mm512_load_ps(total)));
     }
   }
 }
 
-template <int BITS, int T, int MR, int NV>
-LGQ_INLINE void tile_exact(const TileArgs &a, int v0) {
-  __m512 acc[NV][MR];
+template <int BITS, int T, int MR, bool AHEAD, int... Q>
+LGQ_INLINE void unit_exact(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
+                           __m512 (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
+  ((AHEAD ? fetch_share<BITS, Q>(next) : void(), quad_exact<BITS, T, MR, Q>(codes, x, acc)), ...);
+}
+
+template <int BITS, int T, int MR, bool AHEAD>
+LGQ_INLINE void tile_exact(const TileArgs &a) {
+  __m512 acc[kVectorsPerBlock][MR];
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const __m512 zero = _mm512_load_ps(a.grid->zero + (v0 + v) * kVector);
-#pragma GCC unroll 12
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512 zero = _mm512_load_ps(a.grid->zero + v * kVector);
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const __m512 start = _mm512_set1_ps(a.init[m]);
       acc[v][m] = a.grid->symmetric ? start : _mm512_mul_ps(zero, start);
     }
   }
-  const uint8_t *codes = a.codes + v0 * 64, *x = a.x;
+  const uint8_t *codes = a.codes, *next = a.next, *x = a.x;
   for (int u = 0; u < a.units; ++u) {
-    quad_exact<BITS, T, MR, NV, 0>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 1>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 2>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 3>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 4>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 5>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 6>(codes, x, acc);
-    quad_exact<BITS, T, MR, NV, 7>(codes, x, acc);
-    codes += kVectorsPerBlock * 64 * BITS;
+    unit_exact<BITS, T, MR, AHEAD>(codes, next, x, acc, std::make_integer_sequence<int, kQuads>());
+    codes += kRunBytes * BITS;
+    next += kRunBytes * BITS;
     x += kUnit * 2 * T * MR;
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const __m512 scale = _mm512_load_ps(a.grid->scale + (v0 + v) * kVector);
-#pragma GCC unroll 12
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512 scale = _mm512_load_ps(a.grid->scale + v * kVector);
+#pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      float *total = a.totals + m * kBlock + (v0 + v) * kVector;
+      float *total = a.totals + m * kBlock + v * kVector;
       _mm512_store_ps(total, _mm512_fmadd_ps(acc[v][m], scale, _mm512_load_ps(total)));
     }
   }
@@ -226,15 +231,12 @@ struct Avx512 {
     }
   }
 
-  template <int BITS, int T, int MR>
+  template <int BITS, int T, int MR, bool AHEAD>
   static void tile(const TileArgs &a) {
-    constexpr int NV = vectors_at_once<MR>();
-    for (int v0 = 0; v0 < kVectorsPerBlock; v0 += NV) {
-      if constexpr (T == 0)
-        tile_int8<BITS, MR, NV>(a, v0);
-      else
-        tile_exact<BITS, T, MR, NV>(a, v0);
-    }
+    if constexpr (T == 0)
+      tile_int8<BITS, MR, AHEAD>(a);
+    else
+      tile_exact<BITS, T, MR, AHEAD>(a);
   }
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
@@ -325,7 +327,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   const int terms = Avx512::terms(p);
   const Activations x(p, Avx512::word_bytes(terms));
   for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows, most_rows(terms));
+    const Tile tile = tile_of(row, p.rows);
     for (int64_t s = 0; s < x.segments; ++s) {
       if (terms == 0)
         prepare_int8(p, x, row, tile, s);

@@ -61,7 +61,7 @@ struct Portable {
     }
   }
 
-  template <int BITS, int T, int MR>
+  template <int BITS, int T, int MR, bool AHEAD>
   static void tile(const TileArgs &a) {
     if constexpr (T == 0)
       tile_as<BITS, int32_t, int8_t, MR>(a);
@@ -80,7 +80,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   float f[kSegment];
   int8_t q[kSegment];
   for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows, kTileRows);
+    const Tile tile = tile_of(row, p.rows);
     const int64_t lane = row - tile.start;
     for (int64_t s = 0; s < x.segments; ++s) {
       const Segment &segment = p.w.segments[s];
