@@ -2,8 +2,11 @@
 //
 // exact: byte codes are spread to 32-bit lanes by a byte shuffle, converted and multiplied as float32.
 // int8: products of unsigned codes and signed activations are summed in 16 bits over one unit (8 quads of at most
-// 2 * 15 * 127 fit), 8-bit codes as two nibbles; the accumulator starts at -zero * sum(x).
+// 2 * 15 * 127 fit); those of 8-bit codes would not fit and are made in 16 bits and summed in 32. The accumulator starts
+// at -zero * sum(x).
 #include <immintrin.h>
+
+#include <utility>
 
 #include "matmul_driver.h"
 
@@ -53,31 +56,29 @@ LGQ_INLINE __m256i byte_of_lanes(__m256i bytes) {
   return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(pick));
 }
 
-template <int J, int MR, int NH>
-LGQ_INLINE void multiply_byte(const __m256i (&bytes)[NH], const float *x, __m256 (&acc)[NH][MR]) {
-#pragma GCC unroll 8
-  for (int n = 0; n < NH; ++n) {
-    const __m256 w = _mm256_cvtepi32_ps(byte_of_lanes<J>(bytes[n]));
+template <int J, int MR>
+LGQ_INLINE void multiply_byte(__m256i bytes, const float *x, __m256 (&acc)[MR]) {
+  const __m256 w = _mm256_cvtepi32_ps(byte_of_lanes<J>(bytes));
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + m * 4 + J), acc[n][m]);
-  }
+  for (int m = 0; m < MR; ++m) acc[m] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + m * 4 + J), acc[m]);
 }
 
 template <int BITS, int MR, int NH, int Q>
 LGQ_INLINE void quad_exact(const uint8_t *codes, const float *x, __m256 (&acc)[NH][MR]) {
-  // Halves two at a time: with eight at once the decoded bytes would not fit beside the accumulators.
-  constexpr int step = NH < 2 ? NH : 2;
-#pragma GCC unroll 4
-  for (int n = 0; n < NH; n += step) {
-    __m256i bytes[step];
-    auto &part = reinterpret_cast<__m256(&)[step][MR]>(acc[n]);
-#pragma GCC unroll 2
-    for (int i = 0; i < step; ++i) bytes[i] = quad_bytes<BITS, Q>(codes + (n + i) * 32);
-    multiply_byte<0>(bytes, x + Q * MR * 4, part);
-    multiply_byte<1>(bytes, x + Q * MR * 4, part);
-    multiply_byte<2>(bytes, x + Q * MR * 4, part);
-    multiply_byte<3>(bytes, x + Q * MR * 4, part);
+#pragma GCC unroll 8
+  for (int n = 0; n < NH; ++n) {
+    const __m256i bytes = quad_bytes<BITS, Q>(codes + n * 32);
+    multiply_byte<0>(bytes, x + Q * MR * 4, acc[n]);
+    multiply_byte<1>(bytes, x + Q * MR * 4, acc[n]);
+    multiply_byte<2>(bytes, x + Q * MR * 4, acc[n]);
+    multiply_byte<3>(bytes, x + Q * MR * 4, acc[n]);
   }
+}
+
+template <int BITS, int MR, int NH, int... Q>
+LGQ_INLINE void unit_exact(const uint8_t *codes, const float *x, __m256 (&acc)[NH][MR],
+                           std::integer_sequence<int, Q...>) {
+  (quad_exact<BITS, MR, NH, Q>(codes, x, acc), ...);
 }
 
 template <int BITS, int MR, int NH>
@@ -92,15 +93,8 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
   const uint8_t *codes = a.codes + h0 * 32;
   const float *x = reinterpret_cast<const float *>(a.x);
   for (int u = 0; u < a.units; ++u) {
-    quad_exact<BITS, MR, NH, 0>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 1>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 2>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 3>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 4>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 5>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 6>(codes, x, acc);
-    quad_exact<BITS, MR, NH, 7>(codes, x, acc);
-    codes += kVectorsPerBlock * 64 * BITS;
+    unit_exact<BITS>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+    codes += kRunBytes * BITS;
     x += kUnit * MR;
   }
 #pragma GCC unroll 8
@@ -114,20 +108,54 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
   }
 }
 
+// Narrow codes: sums of 16 bits, good for one unit.
 template <int BITS, int MR, int NH, int Q>
-LGQ_INLINE void quad_int8(const uint8_t *codes, const uint8_t *x, __m256i (&low)[NH][MR], __m256i (&high)[NH][MR]) {
+LGQ_INLINE void quad_narrow(const uint8_t *codes, const uint8_t *x, __m256i (&sum)[NH][MR]) {
 #pragma GCC unroll 8
   for (int n = 0; n < NH; ++n) {
     const __m256i bytes = quad_bytes<BITS, Q>(codes + n * 32);
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i first = BITS == 8 ? _mm256_and_si256(bytes, nibble) : bytes;
-    const __m256i second = _mm256_and_si256(_mm256_srli_epi32(bytes, 4), nibble);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const __m256i xm = _mm256_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
-      low[n][m] = _mm256_add_epi16(low[n][m], _mm256_maddubs_epi16(first, xm));
-      if (BITS == 8) high[n][m] = _mm256_add_epi16(high[n][m], _mm256_maddubs_epi16(second, xm));
+      sum[n][m] = _mm256_add_epi16(sum[n][m], _mm256_maddubs_epi16(bytes, xm));
     }
+  }
+}
+
+// 8-bit codes: as 16-bit numbers, summed in 32 bits.
+template <int MR, int NH, int Q>
+LGQ_INLINE void quad_wide(const uint8_t *codes, const uint8_t *x, __m256i (&acc)[NH][MR]) {
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) {
+    const __m256i xm = _mm256_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xm, 8), 8), odd = _mm256_srai_epi16(xm, 8);
+#pragma GCC unroll 8
+    for (int n = 0; n < NH; ++n) {
+      const __m256i bytes = run_at(codes + n * 32, Q);
+      const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(bytes, 8);
+      const __m256i pair = _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
+      acc[n][m] = _mm256_add_epi32(acc[n][m], pair);
+    }
+  }
+}
+
+template <int BITS, int MR, int NH, int... Q>
+LGQ_INLINE void unit_int8(const uint8_t *codes, const uint8_t *x, __m256i (&acc)[NH][MR],
+                          std::integer_sequence<int, Q...>) {
+  if constexpr (BITS == 8) {
+    (quad_wide<MR, NH, Q>(codes, x, acc), ...);
+  } else {
+    __m256i sum[NH][MR];
+#pragma GCC unroll 8
+    for (int n = 0; n < NH; ++n)
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) sum[n][m] = _mm256_setzero_si256();
+    (quad_narrow<BITS, MR, NH, Q>(codes, x, sum), ...);
+#pragma GCC unroll 8
+    for (int n = 0; n < NH; ++n)
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m)
+        acc[n][m] = _mm256_add_epi32(acc[n][m], _mm256_madd_epi16(sum[n][m], _mm256_set1_epi16(1)));
   }
 }
 
@@ -142,29 +170,9 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
     for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(init[m]));
   }
   const uint8_t *codes = a.codes + h0 * 32, *x = a.x;
-  const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
   for (int u = 0; u < a.units; ++u) {
-    __m256i low[NH][MR], high[NH][MR];
-#pragma GCC unroll 8
-    for (int n = 0; n < NH; ++n)
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m) low[n][m] = high[n][m] = _mm256_setzero_si256();
-    quad_int8<BITS, MR, NH, 0>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 1>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 2>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 3>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 4>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 5>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 6>(codes, x, low, high);
-    quad_int8<BITS, MR, NH, 7>(codes, x, low, high);
-#pragma GCC unroll 8
-    for (int n = 0; n < NH; ++n)
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m) {
-        acc[n][m] = _mm256_add_epi32(acc[n][m], _mm256_madd_epi16(low[n][m], one));
-        if (BITS == 8) acc[n][m] = _mm256_add_epi32(acc[n][m], _mm256_madd_epi16(high[n][m], sixteen));
-      }
-    codes += kVectorsPerBlock * 64 * BITS;
+    unit_int8<BITS>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+    codes += kRunBytes * BITS;
     x += kUnit * MR;
   }
 #pragma GCC unroll 8
@@ -195,7 +203,7 @@ struct Avx2 {
 
   template <int BITS, int T, int MR, bool AHEAD>
   static void tile(const TileArgs &a) {
-    constexpr int NH = T == 0 && MR == 1 ? 2 : halves_at_once<MR>();
+    constexpr int NH = halves_at_once<MR>();
     for (int h0 = 0; h0 < 2 * kVectorsPerBlock; h0 += NH) {
       if constexpr (T == 0)
         tile_int8<BITS, MR, NH>(a, h0);

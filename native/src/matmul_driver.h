@@ -81,22 +81,27 @@ struct TileArgs {
   float *totals;  // [row][64]
 };
 
-// x of one segment and row as float, padded with zeros to whole units.
-inline void load_segment(const Product &p, int64_t row, const Segment &s, float *f) {
-  const int64_t base = row * p.x_stride;
+template <class Load>
+inline void load_inputs(const Product &p, const Segment &s, float *f, Load load) {
   if (p.w.permutation != nullptr) {
     const int32_t *from = p.w.permutation + s.position;
-    for (int k = 0; k < s.inputs; ++k) f[k] = load_float(p.x, p.dtype, base + from[k]);
-  } else if (p.dtype == LGQ_F32) {
-    std::memcpy(f, static_cast<const float *>(p.x) + base + s.position, static_cast<size_t>(s.inputs) * 4);
-  } else if (p.dtype == LGQ_BF16) {
-    const uint16_t *from = static_cast<const uint16_t *>(p.x) + base + s.position;
-    for (int k = 0; k < s.inputs; ++k) f[k] = bf16_to_float(from[k]);
+    for (int k = 0; k < s.inputs; ++k) f[k] = load(from[k]);
   } else {
-    const uint16_t *from = static_cast<const uint16_t *>(p.x) + base + s.position;
-    for (int k = 0; k < s.inputs; ++k) f[k] = half_to_float(from[k]);
+    for (int k = 0; k < s.inputs; ++k) f[k] = load(s.position + k);
   }
   for (int k = s.inputs; k < s.units * kUnit; ++k) f[k] = 0.0f;
+}
+
+// x of one segment and row as float, padded with zeros to whole units.
+inline void load_segment(const Product &p, int64_t row, const Segment &s, float *f) {
+  const float *wide = static_cast<const float *>(p.x) + row * p.x_stride;
+  const uint16_t *narrow = static_cast<const uint16_t *>(p.x) + row * p.x_stride;
+  if (p.dtype == LGQ_F32)
+    load_inputs(p, s, f, [=](int32_t i) { return wide[i]; });
+  else if (p.dtype == LGQ_BF16)
+    load_inputs(p, s, f, [=](int32_t i) { return bf16_to_float(narrow[i]); });
+  else
+    load_inputs(p, s, f, [=](int32_t i) { return half_to_float(narrow[i]); });
 }
 
 // q = round(f * 127 / max|f|), ties to even; returns the scale max|f| / 127.
