@@ -3,7 +3,8 @@
 A text is named by a *specification*:
 
 ``pydoc``           the prose of CPython's ``pydoc_data.topics``, half a megabyte of English that comes with Python: its
-                    first half calibrates, its second half evaluates, so the two never overlap
+                    first half calibrates, its second half evaluates; no character serves both, though Python has
+                    some passages under several topics: a sixth of the second half's text is in the first, too
 ``FILE.txt``        one document
 ``FILE.jsonl``      one JSON object a line, with the document under ``text`` (or ``content``)
 ``NAME[:CONFIG][@SPLIT]``  a dataset on the Hugging Face hub, read with the ``datasets`` package (an extra)

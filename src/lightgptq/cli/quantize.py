@@ -160,17 +160,18 @@ class ProgressDisplay:
     def __enter__(self) -> Listener:
         if not self.enabled:
             return silent
-        self.progress.start()
         self.task = self.progress.add_task("preparing", total=None)
+        if self.progress.console.is_interactive:  # elsewhere rich would print empty lines
+            self.progress.start()
         return self._step
 
     def __exit__(self, *exception: object) -> None:
-        if self.enabled:
+        if self.progress.live.is_started:
             self.progress.stop()
 
     def _step(self, step: Step) -> None:
         if step.note is not None:
-            self.progress.console.print(step.note, markup=False, highlight=False)
+            self.progress.console.print(step.note, markup=False, highlight=False, soft_wrap=True)
         self.progress.update(self.task, total=step.blocks, completed=step.block, description=_describe(step))
 
 
@@ -188,13 +189,16 @@ def _summarise(report: QuantReport, console: Console) -> None:
         f"{report.out}: {len(report.modules)} linears quantized in {report.seconds:.1f} s{worst}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     if report.problems:
         console.print(f"{len(report.problems)} not solved as asked:", style="yellow")
         for record in report.problems[:20]:
-            console.print(_problem_line(record), markup=False, highlight=False)
+            console.print(_problem_line(record), markup=False, highlight=False, soft_wrap=True)
         if len(report.problems) > 20:
-            console.print(f"  ... all of them are in {report.out}/quant_report.json", markup=False)
+            console.print(
+                f"  ... all of them are in {report.out}/quant_report.json", markup=False, soft_wrap=True
+            )
 
 
 def _problem_line(record: ModuleRecord) -> str:
