@@ -71,3 +71,16 @@ int32_t lgq_obq(const float *w, const double *hinv, int64_t rows, int64_t cols, 
   return finished(
       kernels().obq({w, hinv, rows, cols, scales, zeros, group, groups, max_code, codes, loss, max_threads()}));
 }
+
+int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64_t cols, int64_t groups, int64_t group_width,
+                        const float *importance, int64_t candidates, const float *scales, const int32_t *zeros,
+                        int32_t refits, int32_t max_code, float *best_scales, int32_t *best_zeros) {
+  using namespace lgq;
+  if (!w || !importance || !scales || !zeros || !best_scales || !best_zeros) return LGQ_NULL_POINTER;
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !size_ok(group_width) || ldw < cols)
+    return LGQ_BAD_SIZE;
+  if ((groups - 1) * group_width >= cols || groups * group_width < cols) return LGQ_BAD_SIZE;
+  if (candidates < 1 || candidates > 1 << 16 || refits < 0 || max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
+  return finished(kernels().search_grid({w, ldw, rows, cols, groups, group_width, importance, candidates, scales, zeros,
+                                         refits, max_code, best_scales, best_zeros, max_threads()}));
+}

@@ -48,11 +48,28 @@ struct ObqArgs {
   int64_t threads;        // at least 1
 };
 
+struct GridArgs {
+  const float *w;             // (rows, cols), leading dimension ldw
+  int64_t ldw;
+  int64_t rows, cols;
+  int64_t groups, group_width;  // groups * group_width covers cols, the last group may be shorter
+  const float *importance;    // (cols,)
+  int64_t candidates;
+  const float *scales;        // (candidates, rows, groups)
+  const int32_t *zeros;       // (candidates, rows, groups)
+  int32_t refits;
+  int32_t max_code;
+  float *best_scales;         // (rows, groups)
+  int32_t *best_zeros;        // (rows, groups)
+  int64_t threads;            // at least 1
+};
+
 // Each returns false when memory ran out.
 struct SolverKernels {
-  bool (*sweep)(const SweepArgs&);
-  bool (*syrk)(const SyrkArgs&);
-  bool (*obq)(const ObqArgs&);
+  bool (*sweep)(const SweepArgs &);
+  bool (*syrk)(const SyrkArgs &);
+  bool (*obq)(const ObqArgs &);
+  bool (*search_grid)(const GridArgs &);
 };
 
 extern const SolverKernels kSolverPortable;

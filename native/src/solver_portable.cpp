@@ -1,7 +1,8 @@
+#include "solver_grid.h"
 #include "solver_obq.h"
 #include "solver_sweep.h"
 #include "solver_syrk.h"
 
 namespace lgq {
-const SolverKernels kSolverPortable{sweep, syrk, obq};
+const SolverKernels kSolverPortable{sweep, syrk, obq, search_grid};
 }  // namespace lgq

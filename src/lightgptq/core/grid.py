@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightgptq import native
+from lightgptq.core.grid_cpu import search_grid_cpu
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
+from lightgptq.native import NativeLibrary
 
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero: a scale that underflows becomes this
 LARGEST_SCALE = 65504.0  # the largest finite float16
@@ -22,6 +25,7 @@ CLIP_RATIOS = (1.05, 0.95, 0.85, 0.75, 0.65, 0.55)
 OTHER_SIDE_RATIOS = (1.1, 0.8)
 SCALE_REFITS = 3
 SEARCH_VALUES = 1 << 18  # weights searched at a time: the temporaries stay in a core's cache
+NATIVE_SEARCH_VALUES = 1 << 22  # bounds the candidates held: 24 of 8 bytes for every group
 
 
 @dataclass
@@ -129,14 +133,41 @@ def fit_grid(W: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *
         scales, zeros = minmax_grid(grouped.amin(dim=2), grouped.amax(dim=2), scheme, zero_min)
         scales = round_scales(scales)
     else:
-        weights = split_groups(importance.float().unsqueeze(0), scheme).clone()
-        weights.view(-1)[W.shape[1] :] = 0  # the ragged group's filler
-        parts = [
-            _search_rows(split_groups(rows.float(), scheme), weights, scheme, zero_min)
-            for rows in W.split(max(1, SEARCH_VALUES // W.shape[1]))
-        ]
-        scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+        library = native.load() if W.device.type == "cpu" else None
+        if library is not None:
+            scales, zeros = _search_native(library, W.float(), importance, scheme, zero_min)
+        else:
+            scales, zeros = _search_torch(W, importance, scheme, zero_min)
     return Grid(scales.t().contiguous(), zeros.t().contiguous())
+
+
+def _search_torch(W: Tensor, importance: Tensor, scheme: QuantScheme, zero_min: int) -> tuple[Tensor, Tensor]:
+    """Rounded scales and zeros (out, groups) of least weighted error, on any device."""
+    weights = split_groups(importance.float().unsqueeze(0), scheme).clone()
+    weights.view(-1)[W.shape[1] :] = 0  # the ragged group's filler
+    parts = [
+        _search_rows(split_groups(rows.float(), scheme), weights, scheme, zero_min)
+        for rows in W.split(max(1, SEARCH_VALUES // W.shape[1]))
+    ]
+    scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return scales, zeros
+
+
+def _search_native(
+    library: NativeLibrary, W: Tensor, importance: Tensor, scheme: QuantScheme, zero_min: int
+) -> tuple[Tensor, Tensor]:
+    """The same with the library trying the candidates; W float32 on the CPU."""
+    width = scheme.group_width(W.shape[1])
+    parts = []
+    for rows in W.split(max(1, NATIVE_SEARCH_VALUES // W.shape[1])):
+        tried = list(_candidates(split_groups(rows, scheme), scheme, zero_min))
+        scales = torch.stack([round_scales(scale) for scale, _ in tried])
+        zeros = torch.stack([zero for _, zero in tried])
+        parts.append(
+            search_grid_cpu(library, rows, importance, width, scales, zeros, scheme.max_code, SCALE_REFITS)
+        )
+    best_scales, best_zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return best_scales, best_zeros
 
 
 def _search_rows(W: Tensor, weights: Tensor, scheme: QuantScheme, zero_min: int) -> tuple[Tensor, Tensor]:
