@@ -113,8 +113,8 @@ class TestRules:
     RULES: dict[str, Any] = {  # noqa: RUF012
         r"-:.*\.0\.mlp": {},
         r"+:.*\.0\.": {"bits": 8, "group_size": 32, "desc_act": False, "damp_percent": 0.05},
-        r".*q_proj": {"bits": 3, "mse": 2.4},
         r"q_proj": {"bits": 2},
+        r".*q_proj": {"bits": 3, "mse": 2.4},
     }
 
     def scheme(self, name: str) -> QuantScheme | None:

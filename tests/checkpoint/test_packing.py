@@ -217,6 +217,14 @@ class TestRefusals:
             pack(q, "gptq")
         assert torch.equal(unpack(pack(q, "gptq_v2"), 4, "gptq_v2", 64, 32).zeros, q.zeros)
 
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_a_v1_file_that_wrapped_reads_as_zero(self, bits: int) -> None:
+        """A writer that stored 0 - 1 left 2^bits - 1 in the field, which is zero 0 and not 2^bits."""
+        q = random_weight(bits, 64, 32, 32, lowest_zero=0)
+        wrapped = pack(q, "gptq_v2")
+        wrapped.qzeros = pack_rows(((q.zeros - 1) % (1 << bits)).to(torch.uint8), bits)
+        assert torch.equal(unpack(wrapped, bits, "gptq", 64, 32).zeros, q.zeros)
+
     def test_codes_beyond_the_width(self) -> None:
         q = random_weight(3, 64, 32, 32)
         q.codes[3, 3] = 8
