@@ -13,6 +13,7 @@ test: setup lint
 
 test-all: setup lint
 	$(BIN)/python -m pytest
+	scripts/native_tests.sh
 
 lint: setup
 	$(BIN)/ruff check

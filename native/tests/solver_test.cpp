@@ -1,0 +1,148 @@
+// Sweep, Hessian and OBQ against loops in double precision that are obviously right.
+#include <cmath>
+#include <vector>
+
+#include "check.h"
+#include "lightgptq.h"
+
+namespace {
+
+struct Problem {
+  int64_t rows, cols, groups;
+  int32_t max_code;
+  std::vector<float> w, u, scales;
+  std::vector<int32_t> zeros, group;
+
+  Problem(int64_t r, int64_t c, int32_t max) : rows(r), cols(c), groups(c < 3 ? c : 3), max_code(max) {
+    Random random(static_cast<uint64_t>(r * 1000 + c));
+    w.resize(static_cast<size_t>(rows * cols));
+    for (float &v : w) v = random.normal();
+    u.assign(static_cast<size_t>(cols * cols), 0.0f);
+    for (int64_t i = 0; i < cols; ++i)
+      for (int64_t j = i; j < cols; ++j)
+        u[i * cols + j] = i == j ? 1.0f + 0.1f * std::fabs(random.normal()) : random.normal() / std::sqrt(2.0f * cols);
+    scales.resize(static_cast<size_t>(groups * rows));
+    for (float &v : scales) v = (random.below(2) ? 1.0f : -1.0f) * (3.0f + 0.1f * random.below(9)) / max;
+    zeros.resize(static_cast<size_t>(groups * rows));
+    for (int32_t &v : zeros) v = static_cast<int32_t>(random.below(max + 1));
+    group.resize(static_cast<size_t>(cols));
+    for (int32_t &v : group) v = static_cast<int32_t>(random.below(groups));
+  }
+
+  // Level in steps from zero that w rounds to.
+  double level(double value, int64_t row, int64_t column) const {
+    const double scale = scales[group[column] * rows + row], zero = zeros[group[column] * rows + row];
+    return std::fmin(std::fmax(std::nearbyint(value / scale), -zero), max_code - zero);
+  }
+  double scale(int64_t row, int64_t column) const { return scales[group[column] * rows + row]; }
+  int32_t zero(int64_t row, int64_t column) const { return zeros[group[column] * rows + row]; }
+};
+
+// Follows the codes that the library chose: each must be the nearest to what the errors before it left, within 1e-3 of a
+// step, and the errors and the loss must follow from them.
+void check_sweep(const Problem &p, bool want_errors) {
+  std::vector<uint8_t> codes(p.w.size());
+  std::vector<float> err(want_errors ? p.w.size() : 0);
+  std::vector<double> loss(static_cast<size_t>(p.rows));
+  CHECK(lgq_gptq_sweep(p.w.data(), p.cols, p.u.data(), p.cols, p.rows, p.cols, p.scales.data(), p.zeros.data(),
+                       p.groups, p.group.data(), p.max_code, codes.data(), p.cols, want_errors ? err.data() : nullptr,
+                       p.cols, loss.data()) == LGQ_OK);
+  std::vector<double> w(static_cast<size_t>(p.cols));
+  for (int64_t r = 0; r < p.rows; ++r) {
+    double sum = 0;
+    for (int64_t j = 0; j < p.cols; ++j) w[j] = p.w[r * p.cols + j];
+    for (int64_t j = 0; j < p.cols; ++j) {
+      const double level = codes[r * p.cols + j] - p.zero(r, j), step = p.scale(r, j);
+      CHECK(codes[r * p.cols + j] <= p.max_code);
+      CHECK(std::fabs(w[j] / step - level) <= std::fabs(w[j] / step - p.level(w[j], r, j)) + 1e-3);
+      const double e = (w[j] - level * step) / p.u[j * p.cols + j];
+      if (want_errors) CHECK(std::fabs(err[r * p.cols + j] - e) < 1e-3 * (1 + std::fabs(e)));
+      for (int64_t k = j + 1; k < p.cols; ++k) w[k] -= e * p.u[j * p.cols + k];
+      sum += e * e;
+    }
+    CHECK(std::fabs(loss[r] - sum) <= 1e-3 * sum + 1e-9);
+  }
+}
+
+void check_gram(int64_t tokens, int64_t cols, bool bf16) {
+  Random random(static_cast<uint64_t>(tokens * 7 + cols));
+  std::vector<float> x(static_cast<size_t>(tokens * cols)), h(static_cast<size_t>(cols * cols), 1.0f);
+  std::vector<uint16_t> half(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    half[i] = static_cast<uint16_t>(0x3f80 + random.below(128));  // 1 to 2
+    x[i] = 1.0f + static_cast<float>(half[i] - 0x3f80) / 128;
+  }
+  const void *data = bf16 ? static_cast<const void *>(half.data()) : x.data();
+  CHECK(lgq_add_gram(h.data(), cols, data, cols, tokens, cols, bf16 ? LGQ_BF16 : LGQ_F32) == LGQ_OK);
+  for (int64_t i = 0; i < cols; ++i)
+    for (int64_t j = i; j < cols; ++j) {
+      double sum = 1;
+      for (int64_t t = 0; t < tokens; ++t) sum += static_cast<double>(x[t * cols + i]) * x[t * cols + j];
+      CHECK(std::fabs(h[i * cols + j] - sum) <= 1e-5 * sum);
+    }
+}
+
+// The loss is that of the codes: (w - q) H (w - q)^T with H = diagonal, where the order does not matter.
+void check_obq(const Problem &p) {
+  std::vector<double> inverse(static_cast<size_t>(p.cols * p.cols), 0.0), loss(static_cast<size_t>(p.rows));
+  std::vector<uint8_t> codes(p.w.size());
+  for (int64_t i = 0; i < p.cols; ++i) inverse[i * p.cols + i] = 1.0 + i % 5;
+  CHECK(lgq_obq(p.w.data(), inverse.data(), p.rows, p.cols, p.scales.data(), p.zeros.data(), p.groups, p.group.data(),
+                p.max_code, codes.data(), loss.data()) == LGQ_OK);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    double sum = 0;
+    for (int64_t j = 0; j < p.cols; ++j) {
+      const double w = p.w[r * p.cols + j], level = p.level(w, r, j), e = w - level * p.scale(r, j);
+      CHECK(codes[r * p.cols + j] == level + p.zero(r, j));
+      sum += e * e / inverse[j * p.cols + j];
+    }
+    CHECK(std::fabs(loss[r] - sum) <= 1e-9 * (1 + sum));
+  }
+}
+
+void check_refusals() {
+  Problem p(4, 6, 15);
+  std::vector<uint8_t> codes(24);
+  std::vector<double> loss(4), inverse(36);
+  std::vector<float> h(36);
+  auto sweep = [&](const float *w, int64_t ldw, int64_t rows, int64_t groups, int32_t max_code) {
+    return lgq_gptq_sweep(w, ldw, p.u.data(), 6, rows, 6, p.scales.data(), p.zeros.data(), groups, p.group.data(),
+                          max_code, codes.data(), 6, nullptr, 0, loss.data());
+  };
+  CHECK(sweep(nullptr, 6, 4, 3, 15) == LGQ_NULL_POINTER);
+  CHECK(sweep(p.w.data(), 5, 4, 3, 15) == LGQ_BAD_SIZE);
+  CHECK(sweep(p.w.data(), 6, 0, 3, 15) == LGQ_BAD_SIZE);
+  CHECK(sweep(p.w.data(), 6, -4, 3, 15) == LGQ_BAD_SIZE);
+  CHECK(sweep(p.w.data(), 6, int64_t{1} << 40, 3, 15) == LGQ_BAD_SIZE);
+  CHECK(sweep(p.w.data(), 6, 4, 3, 0) == LGQ_BAD_VALUE);
+  CHECK(sweep(p.w.data(), 6, 4, 3, 256) == LGQ_BAD_VALUE);
+  p.group[5] = 3;
+  CHECK(sweep(p.w.data(), 6, 4, 3, 15) == LGQ_BAD_GROUP);
+  CHECK(lgq_obq(p.w.data(), inverse.data(), 4, 6, p.scales.data(), p.zeros.data(), 3, p.group.data(), 15,
+                codes.data(), loss.data()) == LGQ_BAD_GROUP);
+  p.group[5] = -1;
+  CHECK(sweep(p.w.data(), 6, 4, 3, 15) == LGQ_BAD_GROUP);
+  CHECK(lgq_obq(p.w.data(), nullptr, 4, 6, p.scales.data(), p.zeros.data(), 3, p.group.data(), 15, codes.data(),
+                loss.data()) == LGQ_NULL_POINTER);
+  CHECK(lgq_add_gram(h.data(), 6, nullptr, 6, 4, 6, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_add_gram(h.data(), 6, p.w.data(), 6, 4, 6, LGQ_F16) == LGQ_BAD_DTYPE);
+  CHECK(lgq_add_gram(h.data(), 5, p.w.data(), 6, 4, 6, LGQ_F32) == LGQ_BAD_SIZE);
+  CHECK(lgq_add_gram(h.data(), 6, p.w.data(), 6, 0, 6, LGQ_F32) == LGQ_BAD_SIZE);
+}
+
+}  // namespace
+
+void test_solver() {
+  const int64_t sizes[][2] = {{1, 1}, {5, 3}, {33, 13}, {17, 97}, {3, 193}, {70, 172}, {530, 40}};
+  for (const auto &size : sizes)
+    for (const int32_t max_code : {3, 15, 255}) {
+      const Problem p(size[0], size[1], max_code);
+      check_sweep(p, true);
+      check_sweep(p, false);
+      if (size[0] < 100) check_obq(p);
+    }
+  for (const int64_t tokens : {1, 7, 513})
+    for (const int64_t cols : {1, 5, 33, 200})
+      for (const bool bf16 : {false, true}) check_gram(tokens, cols, bf16);
+  check_refusals();
+}
