@@ -68,12 +68,20 @@ class TestConfig:
         [
             QuantScheme(act_order=False),
             QuantScheme(bits=8, group_size=-1, act_order=True, static_groups=True),
-            QuantScheme(bits=3, sym=False, act_order=True, static_groups=False),
+            QuantScheme(bits=3, sym=False, act_order=True),
         ],
     )
     def test_reads_back_what_it_writes(self, scheme: QuantScheme) -> None:
         config = CompressedConfig(((scheme, ("Linear",)),), ("lm_head",))
         assert CompressedConfig.from_dict(config.to_dict("0"), "config.json") == config
+
+    @pytest.mark.parametrize("actorder", ["group", "dynamic", True])
+    def test_the_permuted_groups_of_older_versions_are_understood(self, actorder: object) -> None:
+        raw = CompressedConfig(((QuantScheme(), ("Linear",)),)).to_dict("0")
+        raw["config_groups"]["group_0"]["weights"]["actorder"] = actorder
+        scheme = CompressedConfig.from_dict(raw, "config.json").scheme_for("a")
+        assert scheme is not None
+        assert (scheme.act_order, scheme.static_groups) == (True, False)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -22,7 +22,6 @@ CASES: list[dict[str, Any]] = [
     {"bits": 8, "group_size": -1},
     {"bits": 3, "group_size": 32, "sym": False},
     {"bits": 2, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"},
-    {"bits": 4, "group_size": 32, "permuted": True, "act_order": True, "static_groups": False},
 ]
 
 
@@ -70,6 +69,13 @@ def test_the_written_config_is_what_readers_look_for(
     assert raw["format"] == "pack-quantized"
     assert raw["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert "lm_head" in raw["ignore"]
+
+
+def test_permuted_groups_are_refused(make_gptq_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_gptq_folder(bits=4, group_size=32, permuted=True, act_order=True, static_groups=False)
+    with pytest.raises(CheckpointError, match="has permuted groups"):
+        export_compressed_tensors(folder, tmp_path / "ct", version="0")
+    assert not (tmp_path / "ct").exists()
 
 
 def test_a_gptq_checkpoint_is_no_compressed_one(

@@ -7,7 +7,7 @@ Per linear (I inputs, O outputs, b bits, G groups):
     weight_scale       float (O, G)
     weight_zero_point  int32 (ceil(O * b / 32), G)  asymmetric only: zeros packed down the rows
     weight_shape       int64 (2,)                   (O, I)
-    weight_g_idx       int32 (I,)                   act-order with permuted groups only
+    weight_g_idx       int32 (I,)                   permuted groups; version 0.19 of the library dropped them
 
 The rows are the same little-endian bit streams as GPTQ's, so codes move between the formats unchanged.
 """
@@ -167,19 +167,18 @@ def _scheme(weights: dict[str, Any], where: str) -> QuantScheme:
         group_size=int(weights["group_size"]) if strategy == "group" else -1,
         sym=bool(weights.get("symmetric", True)),
         act_order=actorder not in (None, False),
-        static_groups=actorder != "group",
+        static_groups=actorder not in (True, "group", "dynamic"),
     )
 
 
 def _weights(scheme: QuantScheme) -> dict[str, Any]:
-    permuted = scheme.act_order and not scheme.static_groups and scheme.group_size != -1
     return {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.sym,
         "strategy": "channel" if scheme.group_size == -1 else "group",
         "group_size": None if scheme.group_size == -1 else scheme.group_size,
-        "actorder": "group" if permuted else ("static" if scheme.act_order else None),
+        "actorder": "static" if scheme.act_order else None,
         "block_structure": None,
         "dynamic": False,
         "observer": "minmax",

@@ -43,7 +43,7 @@ def export_compressed_tensors(
     out         folder to write; absent or empty
     version     of lightgptq, for the config
 
-    Raises CheckpointError when the source is malformed or ``out`` cannot be written.
+    Raises CheckpointError when the source is malformed, has permuted groups, or ``out`` cannot be written.
     """
     reader = CheckpointReader.open(checkpoint)
     quantized = QuantizedCheckpoint.of(reader)
@@ -59,7 +59,16 @@ def export_compressed_tensors(
     )
 
     def linear(module: str) -> _Linear:
-        return _Linear(module, lambda: to_compressed(quantized.weight(module), schemes[module]))
+        def load() -> dict[str, Tensor]:
+            tensors = to_compressed(quantized.weight(module), schemes[module])
+            if "weight_g_idx" in tensors:
+                raise CheckpointError(
+                    f"{reader.label}: {module} has permuted groups (act-order without static groups), which "
+                    "compressed-tensors dropped; quantize again with static groups"
+                )
+            return tensors
+
+        return _Linear(module, load)
 
     raw = {**reader.config, "quantization_config": config.to_dict(f"lightgptq-{version}")}
     _write(
