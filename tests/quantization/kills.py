@@ -45,7 +45,7 @@ class Outcome:
     """How a process ended: exit code (-9 when killed), operations it counted, blocks solved, notes, error."""
 
     exit_code: int | None
-    operations: int = 0
+    operations: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -101,7 +101,7 @@ def _child(job: Job, kill_at: int | None, send: Any, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     run_module.BATCH_TOKENS = 3 * job.input_ids.shape[1]
-    counter = _count_operations(kill_at)
+    done = _watch_operations(kill_at)
     blocks: list[int] = []
     notes: list[str] = []
 
@@ -120,21 +120,22 @@ def _child(job: Job, kill_at: int | None, send: Any, path: list[str]) -> None:
     except lightgptq.LightGPTQError as failure:
         error = f"{type(failure).__name__}: {failure}"
     if send is not None:
-        send.send({"operations": counter[0], "blocks": tuple(blocks), "notes": tuple(notes), "error": error})
+        send.send({"operations": tuple(done), "blocks": tuple(blocks), "notes": tuple(notes), "error": error})
 
 
-def _count_operations(kill_at: int | None) -> list[int]:
-    counter = [0]
+def _watch_operations(kill_at: int | None) -> list[str]:
+    """Names of the operations on files from here on, as they happen."""
+    done: list[str] = []
 
-    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            counter[0] += 1
-            if counter[0] == kill_at:
+            done.append(name)
+            if len(done) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         return operation
 
     for name in OPERATIONS:
-        setattr(os, name, counted(getattr(os, name)))
-    return counter
+        setattr(os, name, watched(name, getattr(os, name)))
+    return done

@@ -50,7 +50,7 @@ def uninterrupted(
 @pytest.fixture(scope="module")
 def whole(uninterrupted: tuple[Path, Outcome]) -> tuple[dict[str, str], int]:
     """Its files, and how many operations on files it took."""
-    return contents(uninterrupted[0]), uninterrupted[1].operations
+    return contents(uninterrupted[0]), len(uninterrupted[1].operations)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,22 @@ def test_a_run_killed_while_publishing_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     check_kill_at(server, source, tmp_path / "out", whole, whole[1] - before_the_end)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_run_killed_while_it_forgets_a_block_ends_with_the_same_bytes(
+    which: int,
+    server: ForkServerContext,
+    source: Path,
+    uninterrupted: tuple[Path, Outcome],
+    whole: tuple[dict[str, str], int],
+    tmp_path: Path,
+) -> None:
+    """Two files are removed for each block but the first; what they held must be in the journal by then."""
+    operations = uninterrupted[1].operations
+    second_block = [i for i, name in enumerate(operations) if name == "rename"][1]
+    removals = [i for i, name in enumerate(operations, 1) if name == "unlink" and i > second_block]
+    check_kill_at(server, source, tmp_path / "out", whole, removals[which])
 
 
 @pytest.mark.slow
