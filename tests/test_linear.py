@@ -1,11 +1,12 @@
 """QuantLinear: loads a checkpoint's tensors, multiplies, survives casts and moves."""
 
+import copy
+
 import pytest
 import torch
 from tests.oracles import dequantized, random_quantized
 
 from lightgptq.checkpoint.packing import pack
-from lightgptq.errors import UsageError
 from lightgptq.linear import QuantLinear
 
 
@@ -39,17 +40,27 @@ def test_meta_layer_materialises_with_float16_scales():
     assert layer.qweight.shape == (8, 32)
 
 
-def test_dropped_tensors_are_asked_for_with_a_sentence():
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_state_dict_is_the_checkpoint_also_after_preparing(bits, checkpoint_format):
+    q = random_quantized(48, 172, bits, 32, sym=False, act_order=True)
+    layer = QuantLinear.from_quantized(q, checkpoint_format=checkpoint_format)
+    layer(torch.zeros(1, 172))
+    state, want = layer.state_dict(), pack(q, checkpoint_format).tensors()
+    assert sorted(state) == sorted(want)
+    for name, tensor in want.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_copied_layers_multiply_the_same():
     _, layer = make()
-    for name in ("qweight", "qzeros", "scales", "g_idx"):
-        setattr(layer, name, None)
-    with pytest.raises(UsageError, match="keep_standard"):
-        layer.packed()
+    x = torch.randn(3, 172)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
 
 
 def test_loading_again_after_a_forward_takes_effect():
     _, layer = make()
-    layer.keep_standard = True
     layer(torch.zeros(1, 172))
     other = random_quantized(48, 172, 4, 32, sym=True, act_order=False, seed=1)
     layer.load_state_dict(pack(other, "gptq_v2").tensors())

@@ -77,6 +77,14 @@ LGQ_API int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t grou
                          const int32_t *qweight, const int32_t *qzeros, const uint16_t *scales, const int32_t *g_idx,
                          void *packed, int64_t packed_bytes);
 
+/* What a packed weight holds: in_features, out_features, groups, bits. */
+LGQ_API int32_t lgq_packed_shape(const void *packed, int64_t packed_bytes, int64_t shape[4]);
+
+/* The inverse of lgq_pack, in plain arrays: codes uint8 (out, in), scales float16 and zeros int32 (groups, out),
+ * g_idx int32 (in). */
+LGQ_API int32_t lgq_unpack(const void *packed, int64_t packed_bytes, uint8_t *codes, uint16_t *scales, int32_t *zeros,
+                           int32_t *g_idx);
+
 /* y[r,:] = x[r,:] @ W^T + bias. x and y have one dtype; strides count elements from row to row; bias may be null. */
 LGQ_API int32_t lgq_matmul(const void *packed, int64_t packed_bytes, int64_t rows, const void *x, int64_t x_stride,
                            const void *bias, int32_t bias_dtype, void *y, int64_t y_stride, int32_t dtype, int32_t mode);

@@ -62,6 +62,10 @@ struct PackedView {
   const uint8_t *zeros;        // (blocks, groups, 64)
   const uint8_t *codes;
 
+  int64_t input(int64_t position) const { return permutation != nullptr ? permutation[position] : position; }
+  int64_t grid_at(int64_t out, int64_t group) const {
+    return (out / kBlock * header->groups + group) * kBlock + out % kBlock;
+  }
   int64_t unit_bytes() const { return static_cast<int64_t>(kUnit) * kBlock * header->bits / 8; }
 };
 

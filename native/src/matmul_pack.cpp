@@ -155,6 +155,22 @@ uint32_t code_at(const uint8_t *vector, int bits, int quad, int lane, int byte) 
   return (at(quad_run(bits, quad)) >> quad_shift(bits, quad)) & ((1u << bits) - 1);
 }
 
+// Calls f(segment, input, code) for every input of one output.
+template <class F>
+void for_each_code(const PackedView &view, int64_t out, F f) {
+  const PackedHeader &h = *view.header;
+  const int lane = static_cast<int>(out % kVector);
+  const uint8_t *strip = view.codes + out / kBlock * h.units * view.unit_bytes() + out % kBlock / kVector * 64;
+  for (int64_t s = 0; s < h.segments; ++s) {
+    const Segment &segment = view.segments[s];
+    for (int k = 0; k < segment.inputs; ++k) {
+      const uint8_t *vector = strip + (segment.unit + k / kUnit) * view.unit_bytes();
+      const int code = static_cast<int>(code_at(vector, h.bits, k % kUnit / 4, lane, k % 4));
+      f(segment, view.input(segment.position + k), code);
+    }
+  }
+}
+
 }  // namespace
 
 int32_t view_packed(const void *packed, int64_t packed_bytes, PackedView *view) {
@@ -242,6 +258,43 @@ int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int3
   return LGQ_OK;
 }
 
+int32_t lgq_packed_shape(const void *packed, int64_t packed_bytes, int64_t shape[4]) {
+  if (shape == nullptr) return LGQ_NULL_POINTER;
+  PackedView view;
+  const int32_t status = view_packed(packed, packed_bytes, &view);
+  if (status != LGQ_OK) return status;
+  const PackedHeader &h = *view.header;
+  shape[0] = h.in_features;
+  shape[1] = h.out_features;
+  shape[2] = h.groups;
+  shape[3] = h.bits;
+  return LGQ_OK;
+}
+
+int32_t lgq_unpack(const void *packed, int64_t packed_bytes, uint8_t *codes, uint16_t *scales, int32_t *zeros,
+                   int32_t *g_idx) {
+  if (codes == nullptr || scales == nullptr || zeros == nullptr || g_idx == nullptr) return LGQ_NULL_POINTER;
+  PackedView view;
+  const int32_t status = view_packed(packed, packed_bytes, &view);
+  if (status != LGQ_OK) return status;
+  const PackedHeader &h = *view.header;
+  for (int64_t s = 0; s < h.segments; ++s)
+    for (int k = 0; k < view.segments[s].inputs; ++k)
+      g_idx[view.input(view.segments[s].position + k)] = view.segments[s].group;
+  parallel_for(h.out_features, kVector, [&](int64_t begin, int64_t end) {
+    for (int64_t out = begin; out < end; ++out) {
+      for (int64_t g = 0; g < h.groups; ++g) {
+        scales[g * h.out_features + out] = view.scales[view.grid_at(out, g)];
+        zeros[g * h.out_features + out] = view.zeros[view.grid_at(out, g)];
+      }
+      for_each_code(view, out, [&](const Segment &, int64_t input, int code) {
+        codes[out * h.in_features + input] = static_cast<uint8_t>(code);
+      });
+    }
+  });
+  return LGQ_OK;
+}
+
 int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, int32_t dtype) {
   if (weight == nullptr) return LGQ_NULL_POINTER;
   if (dtype != LGQ_F32 && dtype != LGQ_BF16 && dtype != LGQ_F16) return LGQ_BAD_DTYPE;
@@ -250,24 +303,12 @@ int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, i
   if (status != LGQ_OK) return status;
   const PackedHeader &h = *view.header;
   parallel_for(h.out_features, kVector, [&](int64_t begin, int64_t end) {
-    for (int64_t out = begin; out < end; ++out) {
-      const int64_t block = out / kBlock;
-      const int lane = static_cast<int>(out % kVector);
-      for (int64_t s = 0; s < h.segments; ++s) {
-        const Segment &segment = view.segments[s];
-        const int64_t at = (block * h.groups + segment.group) * kBlock + out % kBlock;
-        const float scale = half_to_float(view.scales[at]);
-        const int zero = view.zeros[at];
-        for (int k = 0; k < segment.inputs; ++k) {
-          const uint8_t *vector = view.codes + (block * h.units + segment.unit + k / kUnit) * view.unit_bytes() +
-                                  out % kBlock / kVector * 64;
-          const int code = static_cast<int>(code_at(vector, h.bits, k % kUnit / 4, lane, k % 4));
-          const int32_t position = segment.position + k;
-          const int64_t input = view.permutation != nullptr ? view.permutation[position] : position;
-          store_float(weight, dtype, out * h.in_features + input, scale * static_cast<float>(code - zero));
-        }
-      }
-    }
+    for (int64_t out = begin; out < end; ++out)
+      for_each_code(view, out, [&](const Segment &segment, int64_t input, int code) {
+        const int64_t at = view.grid_at(out, segment.group);
+        const float step = half_to_float(view.scales[at]);
+        store_float(weight, dtype, out * h.in_features + input, step * static_cast<float>(code - view.zeros[at]));
+      });
   });
   return LGQ_OK;
 }

@@ -91,13 +91,12 @@ class QuantLinear(nn.Module):
         return layer
 
     def packed(self) -> PackedWeight:
-        """The checkpoint's tensors; raises UsageError once ``prepare`` has dropped them."""
-        if self.qweight is None or self.qzeros is None or self.scales is None or self.g_idx is None:
-            raise UsageError(
-                "this layer's checkpoint tensors were dropped when it was prepared; set keep_standard = True "
-                "before the first forward, or load the checkpoint again"
-            )
-        return PackedWeight(self.qweight, self.qzeros, self.scales, self.g_idx)
+        """The checkpoint's tensors; made again from the prepared weight when ``prepare`` has dropped them."""
+        qweight, qzeros, scales, g_idx = self.qweight, self.qzeros, self.scales, self.g_idx
+        if qweight is not None and qzeros is not None and scales is not None and g_idx is not None:
+            return PackedWeight(qweight, qzeros, scales, g_idx)
+        assert self._prepared is not None
+        return ops.restore(self._prepared, self.checkpoint_format)
 
     @torch.compiler.disable
     def prepare(self) -> None:
@@ -147,12 +146,24 @@ class QuantLinear(nn.Module):
 
     def _move_prepared(self, fn: Callable[[Tensor], Tensor]) -> None:
         assert self._prepared is not None
-        target = fn(self._prepared.tensors[0]).device
-        if target == self._prepared.tensors[0].device:
+        old = self._prepared.tensors[0].device
+        device = fn(torch.empty(1, dtype=torch.uint8, device=old)).device
+        if device == old:
             return
-        self.packed()  # raises the sentence when there is nothing left to prepare from
+        for name, tensor in self.packed().tensors().items():
+            setattr(self, name, tensor.to(device))
         self._prepared = None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._prepared = None
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.qweight is None:
+            for name, tensor in self.packed().tensors().items():
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.qweight is None and prefix + "qweight" in state_dict:
+            for name, tensor in self.packed().tensors().items():
+                setattr(self, name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.qweight is not None:
+            self._prepared = None

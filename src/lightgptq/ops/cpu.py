@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightgptq import native
-from lightgptq.checkpoint.packing import PackedWeight, num_words
+from lightgptq.checkpoint.packing import PackedWeight, num_words, pack
+from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import NativeLibraryError, UsageError
 from lightgptq.ops.weight import PreparedWeight
 
@@ -28,6 +30,8 @@ def _declare(library: native.NativeLibrary) -> Any:
         lib.lgq_pack.argtypes = [_size] * 3 + [_int] * 2 + [_pointer] * 5 + [_size]
         lib.lgq_advise_huge_pages.argtypes = [_pointer, _size]
         lib.lgq_advise_huge_pages.restype = None
+        lib.lgq_packed_shape.argtypes = [_pointer, _size, ctypes.POINTER(_size)]
+        lib.lgq_unpack.argtypes = [_pointer, _size, *[_pointer] * 4]
         lib.lgq_dequantize.argtypes = [_pointer, _size, _pointer, _int]
         lib.lgq_matmul.argtypes = [
             *[_pointer, _size, _size, _pointer, _size],
@@ -95,40 +99,45 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
     packed  flat uint8 from ``prepare``
     Returns (..., out) of x's dtype.
     """
-    if x.device.type != "cpu" or packed.device.type != "cpu":
+    if not (x.is_cpu and packed.is_cpu):
         raise UsageError(
             f"x is on {x.device}, the weight on {packed.device}; the native kernels need the CPU"
         )
     in_features = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    if rows.stride(1) != 1 or rows.stride(0) < in_features:
-        rows = rows.contiguous()
     count = rows.shape[0]
+    row_stride, stride = rows.stride()
+    if stride != 1 or row_stride < in_features:
+        rows, row_stride = rows.contiguous(), in_features
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     if count == 0:
         return y
-    dtype = native.DTYPES[x.dtype]
     bias_pointer, bias_dtype = None, 0
     if bias is not None:
         bias = bias.detach().contiguous()
         bias_pointer, bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
-    library = _library()
-    status = _declare(library).lgq_matmul(
+    status = _matmul_function()(
         packed.data_ptr(),
         packed.numel(),
         count,
         rows.data_ptr(),
-        rows.stride(0) if count > 1 else in_features,
+        row_stride,
         bias_pointer,
         bias_dtype,
         y.data_ptr(),
         out_features,
-        dtype,
+        native.DTYPES[x.dtype],
         MODES[mode],
     )
     if status != 0:
-        library.check(status, f"multiplying x of shape {tuple(x.shape)} to {out_features} outputs")
+        _library().check(status, f"multiplying x of shape {tuple(x.shape)} to {out_features} outputs")
     return y
+
+
+@functools.cache
+def _matmul_function() -> Any:
+    """``lgq_matmul``, looked up once: a decode step calls it a hundred times."""
+    return _declare(_library()).lgq_matmul
 
 
 def dequantize(packed: Tensor, in_features: int, out_features: int, dtype: torch.dtype) -> Tensor:
@@ -142,6 +151,24 @@ def dequantize(packed: Tensor, in_features: int, out_features: int, dtype: torch
     )
     library.check(status, f"dequantizing a linear of {in_features} inputs and {out_features} outputs")
     return W
+
+
+def restore(packed: Tensor, checkpoint_format: str) -> PackedWeight:
+    """The checkpoint's tensors again, bit for bit: the inverse of ``prepare``."""
+    library = _library()
+    lib = _declare(library)
+    shape = (_size * 4)()
+    library.check(lib.lgq_packed_shape(packed.data_ptr(), packed.numel(), shape), "reading a packed weight")
+    in_features, out_features, groups, bits = shape
+    codes = torch.empty((out_features, in_features), dtype=torch.uint8)
+    scales = torch.empty((groups, out_features), dtype=torch.float16)
+    zeros = torch.empty((groups, out_features), dtype=torch.int32)
+    g_idx = torch.empty(in_features, dtype=torch.int32)
+    pointers = (tensor.data_ptr() for tensor in (codes, scales, zeros, g_idx))
+    library.check(lib.lgq_unpack(packed.data_ptr(), packed.numel(), *pointers), "unpacking a packed weight")
+    stored = (zeros - 1) % (1 << bits) if checkpoint_format == "gptq" else zeros
+    # Zeros are stored as they were, also a 0 that wrapped, which packing to "gptq" would refuse.
+    return pack(QuantizedWeight(codes, scales, stored, g_idx, bits), "gptq_v2")
 
 
 def _allocate(size: int) -> Tensor:

@@ -43,6 +43,13 @@ def prepare(packed: PackedWeight, bits: int, checkpoint_format: str) -> Prepared
     return PreparedWeight.standard(packed, bits, checkpoint_format)
 
 
+def restore(weight: PreparedWeight, checkpoint_format: str) -> PackedWeight:
+    """The checkpoint's tensors of a prepared weight, bit for bit: the inverse of ``prepare``."""
+    if weight.layout in STANDARD_LAYOUTS:
+        return PackedWeight(*weight.tensors)
+    return cpu.restore(weight.tensors[0], checkpoint_format)
+
+
 def quant_matmul(
     x: Tensor, weight: PreparedWeight, bias: Tensor | None = None, mode: str = "exact"
 ) -> Tensor:
