@@ -76,7 +76,8 @@ def _load_quantized(
     missing = [name for name in model.state_dict() if name not in sources]
     if missing:
         raise CheckpointError(
-            f"{reader.label} does not hold {missing[0]} ({len(missing)} missing in all), which {type(model).__name__} needs"
+            f"{reader.label} does not hold {missing[0]} ({len(missing)} missing in all), "
+            f"which {type(model).__name__} needs"
         )
     _fill(model, reader, sources, chosen, device)
     model.tie_weights()

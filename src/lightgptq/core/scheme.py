@@ -27,6 +27,8 @@ class QuantScheme:
     scale_search  how scales and zeros are found: "minmax" covers every weight as in the paper, "hessian" minimises
                   the rounding error weighted by what each input is worth, over clipping, sign and zero.
     damp          fraction of the mean diagonal of H added to the diagonal (paper, section 3.3, step 3).
+    mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
+                  weights are corrected for before the sweep; takes a second forward of the calibration set.
     refine        rounds of scale refitting and block descent after the sweep, each never increasing the loss.
 
     Raises UsageError when a value is not allowed.
@@ -40,6 +42,7 @@ class QuantScheme:
     static_groups: bool = True
     damp: float = 0.01
     scale_search: str = "minmax"
+    mismatch: float = 0.0
     refine: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class QuantScheme:
             )
         if self.method not in METHODS:
             raise UsageError(f"method={self.method!r} is not supported; choose one of {', '.join(METHODS)}")
+        if not 0.0 <= self.mismatch <= 1.0:
+            raise UsageError(f"mismatch={self.mismatch!r} is not supported; give a share from 0 to 1")
         if not 0 <= self.refine <= 100:
             raise UsageError(
                 f"refine={self.refine!r} is not supported; give a number of rounds from 0 to 100"

@@ -20,10 +20,17 @@ class CalibrationFlow:
     """Hands out the arguments of each block and takes what it returns.
 
     batches  int64 (windows, seq_len) each
+    name     of its files in the work folder: the quantized model's activations, or the original's
     """
 
-    def __init__(self, skeleton: ModelSkeleton, blocks: list[DecoderBlock], batches: list[Tensor]) -> None:
-        self.skeleton, self.batches = skeleton, batches
+    def __init__(
+        self,
+        skeleton: ModelSkeleton,
+        blocks: list[DecoderBlock],
+        batches: list[Tensor],
+        name: str = "quantized",
+    ) -> None:
+        self.skeleton, self.batches, self.name = skeleton, batches, name
         self.walk = BlockWalk(skeleton.model, blocks)
         self.folder: WorkFolder | None = None
         self.store: ActivationStore | None = None  # what left the last finished block
@@ -32,8 +39,7 @@ class CalibrationFlow:
         """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
         self.folder = folder
         if last >= 0:
-            self.store, self.walk.output = folder.load_pattern(last)
-        folder.forget_before(last)
+            self.store, self.walk.output = folder.load_pattern(self.name, last)
 
     @contextmanager
     def through(self, block: DecoderBlock, *, keep: bool = True) -> Iterator[Ways]:
@@ -64,7 +70,7 @@ class CalibrationFlow:
                 shapes = [(*ids.shape, *features) for ids in self.batches]
                 pattern = BlockOutput.of(returned, shapes[index])
                 hidden = pattern.take(returned)
-                following = self.folder.store(block.index, shapes, hidden.dtype)
+                following = self.folder.store(self.name, block.index, shapes, hidden.dtype)
             following.write(index, pattern.take(returned))
 
         yield inputs, output
@@ -72,7 +78,7 @@ class CalibrationFlow:
             assert pattern is not None
             assert following is not None
             following.sync()
-            self.folder.save_pattern(block.index, following, pattern)
+            self.folder.save_pattern(self.name, block.index, following, pattern)
             if self.store is not None:
                 self.store.close()
             self.store, self.walk.output = following, pattern

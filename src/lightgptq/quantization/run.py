@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.output import OutputFolder
@@ -18,20 +19,21 @@ from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.checkpoint.writer import ShardWriter
 from lightgptq.core.hessian import HessianAccumulator
 from lightgptq.core.scheme import QuantScheme
-from lightgptq.errors import CalibrationError, QuantizationError, UsageError
+from lightgptq.errors import QuantizationError, UsageError
 from lightgptq.quantization.blocks import DecoderBlock, find_blocks
 from lightgptq.quantization.budget import activation_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
-from lightgptq.quantization.passes import BlockPass
+from lightgptq.quantization.inputs import calibration_windows, choose_device, choose_dtype
+from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
 from lightgptq.quantization.pause import on_input
 from lightgptq.quantization.plan import QuantPlan, parse_rules
 from lightgptq.quantization.progress import Listener, Progress, silent
 from lightgptq.quantization.report import REPORT_FILE, QuantReport
 from lightgptq.quantization.solve import GroupSolver
 from lightgptq.quantization.workfolder import WorkFolder, find_finished
-from lightgptq.skeleton import ModelSkeleton, local_folder
+from lightgptq.skeleton import ModelSkeleton
 from lightgptq.texts import Text
 from lightgptq.version import __version__
 
@@ -89,7 +91,7 @@ def quantize(
         raise UsageError(f"OUT {out} is the source itself; give another folder")
     if reader.config.get("quantization_config") is not None or reader.quantization_config() is not None:
         raise UsageError(f"{src} is quantized already; give the original model")
-    target = _device(device)
+    target = choose_device(device)
     config = GPTQCheckpointConfig.from_scheme(
         scheme,
         version=__version__,
@@ -97,14 +99,19 @@ def quantize(
         dynamic=parse_rules(rules),
         lm_head=lm_head,
     )
-    compute = _dtype(dtype, reader, target)
+    compute = choose_dtype(dtype, reader, target)
     skeleton = ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
     blocks = find_blocks(skeleton.model)
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
     windows = None
     if any(s.method != "rtn" for s in plan.schemes.values()):
-        windows = _windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
-    flow = CalibrationFlow(skeleton, blocks, windows.batches(BATCH_TOKENS)) if windows is not None else None
+        windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
+    flow = original = None
+    if windows is not None:
+        batches = windows.batches(BATCH_TOKENS)
+        flow = CalibrationFlow(skeleton, blocks, batches)
+        if any(s.mismatch > 0 for s in plan.schemes.values()):
+            original = CalibrationFlow(skeleton, blocks, batches, "original")
     job = {
         "lightgptq": __version__,
         "scheme": scheme.to_dict(),
@@ -120,7 +127,7 @@ def quantize(
     job = json.loads(json.dumps(job))
     report = find_finished(out, job, restart=restart)
     if report is None:
-        run = QuantizeRun(skeleton, blocks, plan, flow, job, strict=strict, listener=listener)
+        run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
         with OutputFolder(out, replace=restart) as output:
             if restart:
                 output.discard()
@@ -145,12 +152,14 @@ class QuantizeRun:
         blocks: list[DecoderBlock],
         plan: QuantPlan,
         flow: CalibrationFlow | None,
+        original: CalibrationFlow | None,
         job: dict[str, Any],
         *,
         strict: bool,
         listener: Listener,
     ) -> None:
-        self.skeleton, self.blocks, self.plan, self.flow, self.job = skeleton, blocks, plan, flow, job
+        self.skeleton, self.blocks, self.plan, self.job = skeleton, blocks, plan, job
+        self.flow, self.original = flow, original
         self.strict, self.listener = strict, listener
         self.groups: dict[tuple[Any, ...], list[LinearGroup]] = {}
         self.at = 0
@@ -206,25 +215,38 @@ class QuantizeRun:
             self._tell("resume", f"going on after block {self.at} of {len(self.blocks)}")
         if self.flow is not None:
             self.skeleton.materialise_outside({b.module for b in self.blocks})
-            self.flow.begin(folder, min(done, len(self.blocks)) - 1)
+            last = min(done, len(self.blocks)) - 1
+            for flow in (self.flow, self.original):
+                if flow is not None:
+                    flow.begin(folder, last)
+            folder.forget_before(last)
 
     def _quantize_block(self, block: DecoderBlock, solver: GroupSolver, max_memory: int | None) -> None:
         linears = {n: m for n, m in block.linears().items() if f"{block.name}.{n}" in self.plan.schemes}
         if self.flow is None:
             for name, linear in linears.items():
-                solver.solve({f"{block.name}.{name}": linear}, None)
+                solver.solve({f"{block.name}.{name}": linear}, GroupInputs())
             return
 
-        def solve(group: LinearGroup, hessian: HessianAccumulator | None, problem: str | None) -> None:
-            solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, hessian, problem)
+        def solve(group: LinearGroup, inputs: GroupInputs) -> None:
+            solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, inputs)
 
-        groups = self._groups(block, linears)
-        waiting = max((g.live_bytes for g in groups), default=0) * len(self.flow.batches)
-        budget = activation_budget(max_memory, self.skeleton.device, _workspace_bytes(linears.values()))
-        with self.flow.through(block) as (inputs, output):
-            BlockPass(
-                block, groups, inputs=inputs, batches=len(self.flow.batches), solve=solve, output=output
-            ).run(replay=waiting > budget)
+        groups, batches = self._groups(block, linears), len(self.flow.batches)
+        lanes = 1 if self.original is None else 2
+        waiting = max((g.live_bytes for g in groups), default=0) * batches * lanes
+        budget = activation_budget(
+            max_memory, self.skeleton.device, _workspace_bytes(linears.values(), lanes)
+        )
+        with ExitStack() as stack:
+            inputs, output = stack.enter_context(self.flow.through(block))
+            lane, original = Lane(block.module, linears, inputs, output), None
+            if self.original is not None:
+                copied = copy.deepcopy(block.module)
+                twins = {n: m for n, m in copied.named_modules() if n in linears and isinstance(m, nn.Linear)}
+                inputs, output = stack.enter_context(self.original.through(block))
+                original = Lane(copied, twins, inputs, output)
+            run = BlockPass(lane, groups, batches=batches, solve=solve, original=original)
+            run.run(replay=waiting > budget)
 
     def _groups(self, block: DecoderBlock, linears: dict[str, nn.Linear]) -> list[LinearGroup]:
         """The block's groups; blocks of one class with the same linears share one probe."""
@@ -259,7 +281,7 @@ class QuantizeRun:
         if self.flow is not None:
             with on_input({name: head}, action):
                 self.flow.leave()
-        solver.solve({name: head}, None if problem else hessian, problem)
+        solver.solve({name: head}, GroupInputs(problem=problem) if problem else GroupInputs(hessian))
         self.skeleton.release(head)
 
     def _files(self, report: QuantReport) -> dict[str, bytes | Path]:
@@ -281,71 +303,7 @@ class QuantizeRun:
         self.listener(Progress(self.at, len(self.blocks), stage, note=note))
 
 
-def _workspace_bytes(linears: Iterable[nn.Linear]) -> int:
-    """Workspace of the largest group: H, its factor and their temporaries, and float32 copies of one weight."""
+def _workspace_bytes(linears: Iterable[nn.Linear], lanes: int) -> int:
+    """Workspace of the largest group: H, its factor, the mismatch, and float32 copies of one weight."""
     sizes = [(m.in_features, m.weight.numel()) for m in linears]
-    return max((4 * (5 * width * width + 3 * numel) for width, numel in sizes), default=0)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device {name!r} does not exist; give auto, cpu or cuda[:N]") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} was asked for, but this PyTorch sees no GPU; give --device cpu")
-    return device
-
-
-def _dtype(name: str, reader: CheckpointReader, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        if name not in DTYPES:
-            raise UsageError(f"dtype {name!r} is not supported; choose auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    floating = [reader.dtype(n) for n in reader.names() if reader.dtype(n).is_floating_point]
-    common = max(set(floating), key=floating.count, default=torch.float32)
-    return torch.float32 if common == torch.float16 and device.type == "cpu" else common
-
-
-def _windows(
-    calibration: str | Text | CalibrationSet,
-    skeleton: ModelSkeleton,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
-    trust_remote_code: bool,
-) -> CalibrationSet:
-    context = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(calibration, CalibrationSet):
-        seq_len = calibration.seq_len
-    seq_len = seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
-    if context is not None and seq_len > context:
-        raise CalibrationError(
-            f"calibration windows of {seq_len} tokens are beyond the model's context of {context} tokens; "
-            "give a smaller --seq-len"
-        )
-    if isinstance(calibration, CalibrationSet):
-        windows = calibration
-    else:
-        tokenizer = _tokenizer(skeleton.reader, trust_remote_code)
-        windows = CalibrationSet.build(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    vocabulary = getattr(skeleton.model.get_input_embeddings(), "num_embeddings", windows.input_ids.max() + 1)
-    low, high = int(windows.input_ids.min()), int(windows.input_ids.max())
-    if low < 0 or high >= vocabulary:
-        raise CalibrationError(
-            f"calibration holds token {low if low < 0 else high}, the model's vocabulary has {vocabulary}; "
-            "give the model's own tokenizer"
-        )
-    return windows
-
-
-def _tokenizer(reader: CheckpointReader, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(str(local_folder(reader)), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(" :")
-        raise CalibrationError(
-            f"{reader.label} has no tokenizer that Transformers can load: {first}"
-        ) from error
+    return max((4 * ((2 + lanes) * width * width + 4 * numel) for width, numel in sizes), default=0)

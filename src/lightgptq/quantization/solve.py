@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightgptq.checkpoint.packing import PackedWeight, pack
-from lightgptq.core.hessian import HessianAccumulator, HessianFactor
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.mismatch import corrected_target
 from lightgptq.core.obq import obq
 from lightgptq.core.rtn import rtn
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import QuantizationError
+from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.plan import QuantPlan, packed_name
 from lightgptq.quantization.report import ModuleRecord
 from lightgptq.skeleton import ModelSkeleton
@@ -51,20 +53,19 @@ class GroupSolver:
         self.strict, self.notify = strict, notify
         self.records: list[ModuleRecord] = []
 
-    def solve(
-        self, linears: dict[str, nn.Linear], hessian: HessianAccumulator | None, problem: str | None = None
-    ) -> None:
+    def solve(self, linears: dict[str, nn.Linear], inputs: GroupInputs) -> None:
         """Quantize linears that share one input, put the dequantized weights back and write the packed ones.
 
         linears  full name -> module with its weight materialised
-        hessian  of their input, or None when no token reached them or ``problem`` says why it cannot be used
+        inputs   what is known of their input
         """
         wanted = {name: self.plan.schemes[name] for name in linears}
         needs_hessian = any(scheme.method != "rtn" for scheme in wanted.values())
-        tokens = hessian.tokens if hessian is not None else 0
+        tokens = inputs.hessian.tokens if inputs.hessian is not None else 0
+        problem = inputs.problem
         if needs_hessian and problem is None:
             problem = _too_few(tokens, next(iter(linears.values())))
-        H = hessian.finish() if hessian is not None and tokens else None
+        H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
         factors: dict[tuple[float, bool], HessianFactor] = {}
         for name, scheme in wanted.items():
             W = self._weight(name, linears[name])
@@ -75,8 +76,11 @@ class GroupSolver:
                     factor = factors[key] = factors.get(key) or HessianFactor.build(H, scheme)
                 except QuantizationError as error:
                     trouble = str(error)
+            energy = _energy(W, H)
+            if factor is not None and inputs.mismatch is not None and scheme.mismatch > 0:
+                W = corrected_target(W, inputs.mismatch.finish(), factor, scheme.mismatch)
             quantized = _solve_one(name, W, scheme, H, factor)
-            self._record(name, scheme, quantized, factor, tokens, _energy(W, H), trouble)
+            self._record(name, scheme, quantized, factor, tokens, energy, trouble)
             self._put(name, linears[name], quantized)
 
     def _weight(self, name: str, module: nn.Linear) -> Tensor:
@@ -132,7 +136,7 @@ def _solve_one(
             return rtn(W, scheme, H)
         if scheme.method == "obq":
             return obq(W, H, scheme, factor=factor)
-        return gptq(W, factor, scheme)
+        return gptq(W, factor, scheme, H=H if scheme.refine else None)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from error
 

@@ -50,34 +50,38 @@ class WorkFolder:
         """The journal, new or to go on with. Raises ResumeError when it belongs to another job."""
         return Journal.open(self.path / "journal.jsonl", job)
 
-    def store(self, block: int, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> ActivationStore:
-        """The file for the activations that leave ``block``."""
-        return ActivationStore(self.path / f"activations-{block}.bin", shapes, dtype)
+    def store(
+        self, flow: str, block: int, shapes: list[tuple[int, ...]], dtype: torch.dtype
+    ) -> ActivationStore:
+        """The file for the activations of a flow that leave ``block``."""
+        return ActivationStore(self.path / f"{flow}-{block}.activations", shapes, dtype)
 
-    def save_pattern(self, block: int, store: ActivationStore, output: BlockOutput) -> None:
+    def save_pattern(self, flow: str, block: int, store: ActivationStore, output: BlockOutput) -> None:
         """Keep what is needed to read the store of ``block`` again."""
         state = {"output": output.state(), "shapes": store.shapes, "dtype": store.dtype}
-        temporary = self.path / f"pattern-{block}.tmp"
+        temporary = self.path / f"{flow}-{block}.tmp"
         torch.save(state, temporary)
-        temporary.rename(self._pattern(block))
+        temporary.rename(self._pattern(flow, block))
 
-    def load_pattern(self, block: int) -> tuple[ActivationStore, BlockOutput]:
+    def load_pattern(self, flow: str, block: int) -> tuple[ActivationStore, BlockOutput]:
         """The store that a finished block left, and the pattern of its output."""
         try:
-            state = torch.load(self._pattern(block), weights_only=True)
+            state = torch.load(self._pattern(flow, block), weights_only=True)
         except OSError as error:
             raise ResumeError(
                 f"{self.path} lost the activations of block {block}; start over with --restart"
             ) from error
-        return self.store(block, state["shapes"], state["dtype"]), BlockOutput.from_state(state["output"])
+        return self.store(flow, block, state["shapes"], state["dtype"]), BlockOutput.from_state(
+            state["output"]
+        )
 
     def forget_before(self, block: int) -> None:
         """Remove the activations of all blocks but ``block``."""
-        keep = {f"activations-{block}.bin", f"pattern-{block}.pt"}
-        for pattern in ("activations-*.bin", "pattern-*"):
-            for path in self.path.glob(pattern):
-                if path.name not in keep:
-                    path.unlink()
+        for path in self.path.glob("*-*.*"):
+            if path.suffix in (".activations", ".pattern", ".tmp") and path.stem.rpartition("-")[2] != str(
+                block
+            ):
+                path.unlink()
 
-    def _pattern(self, block: int) -> Path:
-        return self.path / f"pattern-{block}.pt"
+    def _pattern(self, flow: str, block: int) -> Path:
+        return self.path / f"{flow}-{block}.pattern"
