@@ -39,8 +39,8 @@ class TuneOptions:
     """
 
     steps: int = 200
-    rounding_lr: float = 0.01
-    scale_lr: float = 0.002
+    rounding_lr: float = 0.005
+    scale_lr: float = 0.01
     seed: int = 0
 
 
@@ -114,7 +114,8 @@ def tune_block(
                whole model as block and the divergence of its logits this is end-to-end tuning
     progress   called with step and loss
 
-    The result is never worse than the start on these batches: if it were, the start is returned.
+    The result is never worse than the start on these batches: where training codes and scales together is, scales
+    are trained alone, and where that is, the start is returned.
     Raises QuantizationError when there is no batch or the loss is not finite.
     """
     if not batches or not weights:
@@ -143,9 +144,14 @@ def tune_block(
     _train(trained, batches, options, output_error, progress)
     tuned = {name: trained[name].result(q) for name, q in weights.items()}
     after = mean_error(tuned)
-    if not after <= before:
-        return TuneResult(dict(weights), before, before)
-    return TuneResult(tuned, before, after)
+    if after <= before:
+        return TuneResult(tuned, before, after)
+    if options.rounding_lr > 0:  # too many codes flipped together; scales alone are a smooth problem
+        gentle = replace(options, rounding_lr=0.0)
+        return tune_block(
+            block, batches, weights, gentle, parameter=parameter, objective=objective, progress=progress
+        )
+    return TuneResult(dict(weights), before, before)
 
 
 def _train(
