@@ -201,7 +201,7 @@ struct Avx2 {
     }
   }
 
-  template <int BITS, int T, int MR, bool AHEAD>
+  template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
     constexpr int NH = halves_at_once<MR>();
     for (int h0 = 0; h0 < 2 * kVectorsPerBlock; h0 += NH) {

@@ -73,12 +73,12 @@ LGQ_INLINE __m512bh high_nibbles(const uint8_t *vector) {
   return (__m512bh)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), kAndOr);
 }
 
-// Quad Q's share of fetching as many bytes as a unit has into the first-level cache. Only where arithmetic is the limit:
+// Quad Q's part of fetching a tile's share of a unit into the first-level cache. Only where arithmetic is the limit:
 // for a matrix-vector product every variant tried (1 to 8 KiB ahead, in bursts or spread) lost 15 to 40 % of the bandwidth
 // to what the hardware does by itself (2 cores of Zen 4).
-template <int BITS, int Q>
+template <int BITS, int Q, int AHEAD>
 LGQ_INLINE void fetch_share(const uint8_t *next) {
-  constexpr int lines = kVectorsPerBlock * BITS;
+  constexpr int lines = AHEAD == 0 ? 0 : kVectorsPerBlock * BITS / (AHEAD == 0 ? 1 : AHEAD);
 #pragma GCC unroll 4
   for (int i = Q * lines / kQuads; i < (Q + 1) * lines / kQuads; ++i)
     _mm_prefetch(reinterpret_cast<const char *>(next + i * 64), _MM_HINT_T0);
@@ -130,13 +130,13 @@ LGQ_INLINE void quad_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)
   pair_exact<BITS, T, MR, Q, 1>(codes, x, acc);
 }
 
-template <int BITS, int MR, bool AHEAD, int... Q>
+template <int BITS, int MR, int AHEAD, int... Q>
 LGQ_INLINE void unit_int8(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
                           __m512i (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
-  ((AHEAD ? fetch_share<BITS, Q>(next) : void(), quad_int8<BITS, MR, Q>(codes, x, acc)), ...);
+  ((fetch_share<BITS, Q, AHEAD>(next), quad_int8<BITS, MR, Q>(codes, x, acc)), ...);
 }
 
-template <int BITS, int MR, bool AHEAD>
+template <int BITS, int MR, int AHEAD>
 LGQ_INLINE void tile_int8(const TileArgs &a) {
   __m512i acc[kVectorsPerBlock][MR];
   const int32_t *init = reinterpret_cast<const int32_t *>(a.init);
@@ -168,13 +168,13 @@ LGQ_INLINE void tile_int8(const TileArgs &a) {
   }
 }
 
-template <int BITS, int T, int MR, bool AHEAD, int... Q>
+template <int BITS, int T, int MR, int AHEAD, int... Q>
 LGQ_INLINE void unit_exact(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
                            __m512 (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
-  ((AHEAD ? fetch_share<BITS, Q>(next) : void(), quad_exact<BITS, T, MR, Q>(codes, x, acc)), ...);
+  ((fetch_share<BITS, Q, AHEAD>(next), quad_exact<BITS, T, MR, Q>(codes, x, acc)), ...);
 }
 
-template <int BITS, int T, int MR, bool AHEAD>
+template <int BITS, int T, int MR, int AHEAD>
 LGQ_INLINE void tile_exact(const TileArgs &a) {
   __m512 acc[kVectorsPerBlock][MR];
 #pragma GCC unroll 4
@@ -231,7 +231,7 @@ struct Avx512 {
     }
   }
 
-  template <int BITS, int T, int MR, bool AHEAD>
+  template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
     if constexpr (T == 0)
       tile_int8<BITS, MR, AHEAD>(a);

@@ -2,8 +2,8 @@
 // inputs, tiles of rows. A file of one instruction set includes this and supplies `Kernel`:
 //
 //   template <int BITS, int T> static void grid(scales, zeros, Grid *)         scale and zero of 64 outputs
-//   template <int BITS, int T, int MR, bool AHEAD> static void tile(TileArgs)  totals += one segment for MR rows; AHEAD:
-//                                                                              fetch the next segment meanwhile
+//   template <int BITS, int T, int MR, int AHEAD> static void tile(TileArgs)   totals += one segment for MR rows; fetches
+//                                                                              1 / AHEAD of the next one, 0: nothing
 //   static void store_row(const float *totals, const float *bias, void *y, ...)
 //   static int terms(const Product &)                                          the T for this product
 //   static int64_t word_bytes(T)                                               bytes of prepared activation per input
@@ -25,6 +25,10 @@ using namespace lgq;
 // 4 rows x 4 vectors: each activation that is broadcast serves four products. 8 or 12 rows x 2 vectors have fewer loads
 // in all, but their broadcasts compete with the dot products (Zen 4, int8: 0.81 and 0.75 of peak against 0.88).
 constexpr int kTileRows = 4;
+// While they multiply, each of the first four tiles of a band fetches a quarter of the segment that follows; all of it
+// during one tile is more than memory delivers (16 rows: 0.89 against 0.99 of peak). With two or three tiles the second
+// fetches everything: half of it fetched and half not is worse still (8 rows: 561 against 387 microseconds).
+constexpr int kShares = 4;
 constexpr int64_t kBand = 64;  // rows whose totals (16 KiB) stay in the first-level cache through all segments
 
 struct Tile {
@@ -71,7 +75,7 @@ struct Grid {
 
 struct TileArgs {
   const uint8_t *codes;  // first unit of the segment in this block
-  const uint8_t *next;   // what the thread will read after this segment
+  const uint8_t *next;   // this tile's share of the next segment's first unit
   int units;
   int64_t unit_bytes;
   const uint8_t *x;
@@ -135,27 +139,33 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
       bias[o] = p.bias != nullptr && o < count ? load_float(p.bias, p.bias_dtype, first + o) : 0.0f;
     for (int64_t top = 0; top < p.rows; top += kBand) {
       const int64_t bottom = p.rows - top < kBand ? p.rows : top + kBand;
+      const bool many = bottom - top >= kShares * kTileRows;
       std::memset(totals, 0, static_cast<size_t>(padded_rows(bottom - top)) * kBlock * sizeof(float));
       for (int64_t s = 0; s < h.segments; ++s) {
         const Segment &segment = p.w.segments[s];
         const int64_t at = (block * h.groups + segment.group) * kBlock;
         Kernel::template grid<BITS, T>(p.w.scales + at, p.w.zeros + at, &grid);
         args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
-        args.next = args.codes + segment.units * args.unit_bytes;
+        const uint8_t *next = args.codes + segment.units * args.unit_bytes;
         args.units = segment.units;
-        for (int64_t row = top; row < bottom; row += kTileRows) {
+        for (int64_t row = top; row < bottom;) {
           const int rows = tile_of(row, p.rows).rows;
           const int64_t words = static_cast<int64_t>(segment.unit) * kUnit * Kernel::word_bytes(T) * rows;
           args.x = x.words + row * x.row_bytes + words;
           args.init = x.init + row * x.segments + s * rows;
           args.scale = x.scale + row * x.segments + s * rows;
           args.totals = totals + (row - top) * kBlock;
+          const int64_t index = (row - top) / kTileRows;
+          args.next = next + (many ? index * (args.unit_bytes / kShares) : 0);
           if (rows == 1)
-            Kernel::template tile<BITS, T, 1, false>(args);
-          else if (row == top + kTileRows)
-            Kernel::template tile<BITS, T, kTileRows, true>(args);
+            Kernel::template tile<BITS, T, 1, 0>(args);
+          else if (many && index < kShares)
+            Kernel::template tile<BITS, T, kTileRows, kShares>(args);
+          else if (!many && index == 1)
+            Kernel::template tile<BITS, T, kTileRows, 1>(args);
           else
-            Kernel::template tile<BITS, T, kTileRows, false>(args);
+            Kernel::template tile<BITS, T, kTileRows, 0>(args);
+          row += kTileRows;
         }
       }
       for (int64_t row = top; row < bottom; ++row)

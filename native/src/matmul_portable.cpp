@@ -61,7 +61,7 @@ struct Portable {
     }
   }
 
-  template <int BITS, int T, int MR, bool AHEAD>
+  template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
     if constexpr (T == 0)
       tile_as<BITS, int32_t, int8_t, MR>(a);
