@@ -1,0 +1,37 @@
+"""Presets: which of the accuracy steps are taken, by what they cost.
+
+None of them changes the format or the cost of inference; all choose other integers and scales. ``docs/accuracy.md`` holds
+the measurements behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightgptq.errors import UsageError
+
+PRESETS = ("fast", "balanced", "best")
+
+
+def preset_fields(name: str, bits: int) -> dict[str, Any]:
+    """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
+
+    ``fast``      the scale search alone: the time of plain GPTQ.
+    ``balanced``  the original model goes along to correct the input mismatch, and the codes are refined; at two bits,
+                  where each round still gains, two rounds.
+    ``best``      the same with more rounds; block tuning comes on top where the job offers it (``tune_steps``).
+
+    Raises UsageError for another name.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
+    fields: dict[str, Any] = {"act_order": True, "static_groups": True, "scale_search": "hessian"}
+    if name == "fast":
+        return fields | {"mismatch": 0.0, "refine": 0}
+    rounds = 2 if bits <= 2 else 1
+    return fields | {"mismatch": 1.0, "refine": rounds if name == "balanced" else rounds + 2}
+
+
+def tune_steps(name: str, bits: int) -> int:
+    """Gradient steps of ``tune_block`` per decoder block: only ``best`` tunes, and only two and three bits gain."""
+    return 200 if name == "best" and bits <= 3 else 0

@@ -1,0 +1,29 @@
+"""Presets are valid schemes that differ only in accuracy steps, each costing at least as much as the one before."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightgptq.core.presets import PRESETS, preset_fields, tune_steps
+from lightgptq.core.scheme import BITS, QuantScheme
+from lightgptq.errors import UsageError
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_presets_are_valid_and_ordered_by_effort(bits):
+    schemes = [
+        QuantScheme(bits=bits, group_size=32).with_overrides(preset_fields(name, bits)) for name in PRESETS
+    ]
+    efforts = [
+        (s.mismatch, s.refine, tune_steps(name, bits)) for s, name in zip(schemes, PRESETS, strict=True)
+    ]
+    assert efforts == sorted(efforts)
+    assert efforts[0] == (0.0, 0, 0)
+    for scheme in schemes:
+        assert (scheme.bits, scheme.group_size, scheme.sym, scheme.method) == (bits, 32, True, "gptq")
+        assert scheme.static_groups  # g_idx stays trivial, so fast kernels stay usable
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(UsageError, match="choose one of fast, balanced, best"):
+        preset_fields("slow", 4)
