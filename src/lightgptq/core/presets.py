@@ -1,7 +1,7 @@
 """Presets: which of the accuracy steps are taken, by what they cost.
 
-None of them changes the format or the cost of inference; all choose other integers and scales. ``docs/accuracy.md`` holds
-the measurements behind them.
+None of them changes the format or the cost of inference; all choose other integers and scales.
+``docs/accuracy.md`` holds the measurements behind them.
 """
 
 from __future__ import annotations
