@@ -10,6 +10,11 @@ from lightgptq.checkpoint.packing import pack
 from lightgptq.linear import QuantLinear
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def make(bits=4, group_size=32, **options):
     q = random_quantized(48, 172, bits, group_size, sym=True, act_order=False)
     return q, QuantLinear.from_quantized(q, **options)
@@ -23,8 +28,11 @@ def test_loaded_state_gives_the_dense_product(bits, group_size, checkpoint_forma
     bias = torch.randn(48).half()
     layer.load_state_dict({**pack(q, checkpoint_format).tensors(), "bias": bias})
     x = torch.randn(2, 5, 172)
-    want = x @ dequantized(q).float().t() + bias.float()
-    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    W = dequantized(q)
+    want = x.double() @ W.t() + bias.double()
+    # 172 float32 products and sums, and the constant of the AVX-512 kernel's mantissa trick: see tests/ops/test_cpu.py
+    allowed = 300 * 2.0**-24 * (x.double().abs() @ W.abs().t() + bias.double().abs())
+    assert ((layer(x).double() - want).abs() <= allowed).all()
 
 
 def test_casting_the_model_leaves_the_weight_as_it_was():

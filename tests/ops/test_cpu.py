@@ -27,6 +27,11 @@ ROWS = (1, 2, 4, 7, 12, 16, 30, 112)
 SHAPES = [(40, 172, 32), (130, 300, -1), (200, 96, 20), (64, 128, 128)]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=native.load().isa_list() if native.available() else [])
 def isa(request):
     lib = native.load().lib

@@ -10,6 +10,11 @@ from lightgptq.errors import UsageError
 from lightgptq.ops.weight import PreparedWeight
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def standard(q, checkpoint_format="gptq_v2"):
     return PreparedWeight.standard(pack(q, checkpoint_format), q.bits, checkpoint_format)
 
