@@ -1,7 +1,9 @@
 """The native solver against PyTorch on the same machine in the same minute: sweep, Hessian, factor, OBQ.
 
-    python -m bench.bench_solver [--only sweep,gram,factor,obq] [--repeats 5] [--quick] [--no-append]
+    python -m bench.bench_solver [--only sweep,gram,grid,factor,obq] [--repeats 5] [--quick] [--one-core]
+        [--no-loop] [--no-append]
 
+``--one-core`` counts the processor time of a single thread instead of wall time: for machines that are busy.
 Every figure is a median with its 20th and 80th percentile over interleaved repeats, and is compared with torch's own
 float32 matrix product measured between them. Outputs are compared before anything is timed.
 """
@@ -10,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from bench.record import append
 from lightgptq import native
 from lightgptq.core.gram_cpu import add_gram_cpu
-from lightgptq.core.grid import Grid
+from lightgptq.core.grid import Grid, fit_grid
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_torch
 from lightgptq.core.obq import obq_torch
 from lightgptq.core.obq_cpu import obq_cpu
@@ -35,36 +38,58 @@ PROBE_ROWS = 2048
 def main() -> None:
     """Run the chosen parts, print each line and append it to bench/results/solver.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="sweep,gram,factor,obq")
+    parser.add_argument("--only", default="sweep,gram,grid,factor,obq")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="first shape only")
+    parser.add_argument("--one-core", action="store_true", help="one thread, its processor time")
+    parser.add_argument(
+        "--no-loop", action="store_true", help="leave out the sweep's loop over columns, minutes long"
+    )
     parser.add_argument("--no-append", action="store_true")
     options = parser.parse_args()
     library = native.load()
     if library is None:
         raise SystemExit("the native library was not built")
-    parts: dict[str, Callable[[NativeLibrary, int, bool], list[dict[str, Any]]]] = {
+    parts = {
         "sweep": bench_sweep,
         "gram": bench_gram,
+        "grid": bench_grid,
         "factor": bench_factor,
         "obq": bench_obq,
     }
+    if options.one_core:
+        torch.set_num_threads(1)
+    how = How(options.repeats, options.quick, not options.no_loop, options.one_core)
     for name in options.only.split(","):
-        for line in parts[name](library, options.repeats, options.quick):
+        for line in parts[name](library, how):
+            line["time"] = "processor time of one core" if options.one_core else "wall"
             print(line, flush=True)
             if not options.no_append:
                 append("solver", line)
 
 
-def interleave(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, one after the other in every round; the first round warms up and is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats + 1):
-        for name, run in candidates.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: times[1:] for name, times in seconds.items()}
+@dataclass(frozen=True)
+class How:
+    """How to measure: rounds, first shape only, with the loop over columns, processor time of one thread."""
+
+    repeats: int
+    quick: bool
+    loop: bool
+    one_core: bool
+
+    def clock(self) -> float:
+        """Seconds since some moment."""
+        return time.thread_time() if self.one_core else time.perf_counter()
+
+    def interleave(self, candidates: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """Seconds of each candidate, one after the other in every round; the first round warms up."""
+        seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(self.repeats + 1):
+            for name, run in candidates.items():
+                started = self.clock()
+                run()
+                seconds[name].append(self.clock() - started)
+        return {name: times[1:] for name, times in seconds.items()}
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -90,10 +115,9 @@ def sweep_problem(out_features: int, in_features: int) -> tuple[Tensor, Tensor, 
     return W, U, Grid(scales, zeros), torch.arange(in_features, dtype=torch.int32) // 128
 
 
-def bench_sweep(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """``out in^2`` operations per sweep (in^2 / 2 multiply-adds a row) beside torch's product of the same matrices."""
-    lines = []
-    for out_features, in_features in SHAPES[:1] if quick else SHAPES:
+    for out_features, in_features in SHAPES[:1] if how.quick else SHAPES:
         W, U, grid, g_idx = sweep_problem(out_features, in_features)
         rows = min(128, out_features)
         part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
@@ -101,38 +125,39 @@ def bench_sweep(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[
         codes, _ = sweep_cpu(library, W, U, grid, g_idx, 15)
         different_rows = int((codes[:rows] != expected).any(dim=1).sum())
         wide = U[:, :4096].contiguous()
-        seconds = interleave(
+        seconds = how.interleave(
             {
                 "sweep": lambda: sweep_cpu(library, W, U, grid, g_idx, 15),  # noqa: B023
                 "matmul": lambda: W[:PROBE_ROWS] @ wide,  # noqa: B023
-            },
-            repeats,
+            }
         )
-        eager = interleave({"loop": lambda: sweep_torch(W, U, grid, g_idx, 15)}, 1)["loop"][0]  # noqa: B023
         work = out_features * in_features**2
         rate = [work / s / 1e9 for s in seconds["sweep"]]
         probe = [2 * PROBE_ROWS * in_features * 4096 / s / 1e9 for s in seconds["matmul"]]
-        lines.append(
-            {
-                "bench": "sweep",
-                "shape": [out_features, in_features],
-                "rows_compared": rows,
-                "rows_with_other_codes": different_rows,
-                "seconds": quantiles(seconds["sweep"]),
-                "gflops": quantiles(rate),
-                "torch_matmul_gflops": quantiles(probe),
-                "fraction_of_matmul": ratios(rate, probe),
-                "eager_loop_seconds": round(eager, 2),
-                "times_faster_than_loop": round(eager / quantiles(seconds["sweep"])["p50"], 1),
-            }
-        )
-    return lines
+        line: dict[str, Any] = {
+            "bench": "sweep",
+            "shape": [out_features, in_features],
+            "rows_compared": rows,
+            "rows_with_other_codes": different_rows,
+            "seconds": quantiles(seconds["sweep"]),
+            "gflops": quantiles(rate),
+            "torch_matmul_gflops": quantiles(probe),
+            "fraction_of_matmul": ratios(rate, probe),
+        }
+        if how.loop:
+            # Once, with a sweep right after it: the loop takes minutes at the larger shapes.
+            started = how.clock()
+            sweep_torch(W, U, grid, g_idx, 15)
+            middle = how.clock()
+            sweep_cpu(library, W, U, grid, g_idx, 15)
+            line["torch_loop_seconds"] = round(middle - started, 2)
+            line["times_faster_than_loop"] = round((middle - started) / (how.clock() - middle), 1)
+        yield line
 
 
-def bench_gram(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def bench_gram(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """``H += X^T X`` for 2048 tokens: the full product, torch's panels of a triangle, the native triangle."""
-    lines = []
-    for in_features in (4096,) if quick else (2048, 4096, 8192):
+    for in_features in (4096,) if how.quick else (2048, 4096, 8192):
         X = torch.randn(2048, in_features, generator=torch.Generator().manual_seed(0))
         half = X.bfloat16()
         H = torch.zeros(in_features, in_features)
@@ -141,37 +166,54 @@ def bench_gram(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[s
         H.zero_()
         add_gram_cpu(library, H, half)
         half_error = float((H - half.float().t() @ half.float()).triu().abs().max() / H.diagonal().max())
-        seconds = interleave(
+        seconds = how.interleave(
             {
                 "full": lambda: H.addmm_(X.t(), X),  # noqa: B023
                 "panels": lambda: add_gram_torch(H, X),  # noqa: B023
                 "native": lambda: add_gram_cpu(library, H, X),  # noqa: B023
                 "native_bf16": lambda: add_gram_cpu(library, H, half),  # noqa: B023
-            },
-            repeats,
-        )
-        full = [2 * 2048 * in_features**2 / s / 1e9 for s in seconds["full"]]
-        lines.append(
-            {
-                "bench": "gram",
-                "tokens": 2048,
-                "in_features": in_features,
-                "largest_error": {"float32": error, "bfloat16": half_error},
-                "seconds": {name: quantiles(times) for name, times in seconds.items()},
-                "full_product_gflops": quantiles(full),
-                "times_faster_than_full_product": {
-                    name: ratios(seconds["full"], seconds[name])
-                    for name in ("panels", "native", "native_bf16")
-                },
             }
         )
-    return lines
+        full = [2 * 2048 * in_features**2 / s / 1e9 for s in seconds["full"]]
+        yield {
+            "bench": "gram",
+            "tokens": 2048,
+            "in_features": in_features,
+            "largest_error": {"float32": error, "bfloat16": half_error},
+            "seconds": {name: quantiles(times) for name, times in seconds.items()},
+            "full_product_gflops": quantiles(full),
+            "times_faster_than_full_product": {
+                name: ratios(seconds["full"], seconds[name]) for name in ("panels", "native", "native_bf16")
+            },
+        }
 
 
-def bench_factor(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def bench_grid(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
+    """``fit_grid``'s weighted search beside the sweep that follows it, 4 bits, group 128."""
+    out_features, in_features = SHAPES[0]
+    W, U, grid, g_idx = sweep_problem(out_features, in_features)
+    importance = torch.rand(in_features, generator=torch.Generator().manual_seed(1))
+    for sym in (True, False):
+        scheme = QuantScheme(sym=sym)
+        seconds = how.interleave(
+            {
+                "search": lambda: fit_grid(W, scheme, importance),  # noqa: B023
+                "sweep": lambda: sweep_cpu(library, W, U, grid, g_idx, 15),
+            }
+        )
+        yield {
+            "bench": "grid",
+            "shape": [out_features, in_features],
+            "sym": sym,
+            "seconds": quantiles(seconds["search"]),
+            "sweep_seconds": quantiles(seconds["sweep"]),
+            "fraction_of_sweep": ratios(seconds["search"], seconds["sweep"]),
+        }
+
+
+def bench_factor(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """``HessianFactor.build`` (Cholesky and inverse: 2/3 in^3 operations) beside a product of the same size."""
-    lines = []
-    for in_features in (4096,) if quick else (2048, 4096):
+    for in_features in (4096,) if how.quick else (2048, 4096):
         accumulator = HessianAccumulator(in_features)
         accumulator.add(torch.randn(2 * in_features, in_features, generator=torch.Generator().manual_seed(0)))
         H = accumulator.finish()
@@ -179,54 +221,48 @@ def bench_factor(library: NativeLibrary, repeats: int, quick: bool) -> list[dict
         factor = HessianFactor.build(H, scheme)
         ordered = H[factor.perm][:, factor.perm] + factor.ridge * torch.eye(in_features)
         residual = float((factor.U @ (ordered @ factor.U.t()) - torch.eye(in_features)).abs().max())
-        seconds = interleave(
-            {"factor": lambda: HessianFactor.build(H, scheme), "matmul": lambda: H @ H},  # noqa: B023
-            min(repeats, 3),
+        seconds = how.interleave(
+            {"factor": lambda: HessianFactor.build(H, scheme), "matmul": lambda: H @ H}  # noqa: B023
         )
         rate = [2 / 3 * in_features**3 / s / 1e9 for s in seconds["factor"]]
         probe = [2 * in_features**3 / s / 1e9 for s in seconds["matmul"]]
-        lines.append(
-            {
-                "bench": "factor",
-                "in_features": in_features,
-                "largest_residual": residual,
-                "seconds": quantiles(seconds["factor"]),
-                "gflops": quantiles(rate),
-                "torch_matmul_gflops": quantiles(probe),
-                "fraction_of_matmul": ratios(rate, probe),
-            }
-        )
-    return lines
+        yield {
+            "bench": "factor",
+            "in_features": in_features,
+            "largest_residual": residual,
+            "seconds": quantiles(seconds["factor"]),
+            "gflops": quantiles(rate),
+            "torch_matmul_gflops": quantiles(probe),
+            "fraction_of_matmul": ratios(rate, probe),
+        }
 
 
-def bench_obq(library: NativeLibrary, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def bench_obq(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """OBQ at in_features 768, all rows natively, 16 rows in torch: seconds per row."""
     out_features, in_features = 256, 768
     X = torch.randn(2048, in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     Hinv = torch.linalg.inv(X.t() @ X)
     Hinv = (Hinv + Hinv.t()) / 2
     W, _, grid, g_idx = sweep_problem(out_features, in_features)
-    rows = 2 if quick else 16
+    rows = 2 if how.quick else 16
     part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
-    started = time.perf_counter()
+    started = how.clock()
     expected = obq_torch(W[:rows], Hinv, part, g_idx, 15)
-    reference = (time.perf_counter() - started) / rows
+    reference = (how.clock() - started) / rows
     codes, _ = obq_cpu(library, W, Hinv, grid, g_idx, 15)
-    seconds = interleave({"obq": lambda: obq_cpu(library, W, Hinv, grid, g_idx, 15)}, min(repeats, 3))["obq"]
+    seconds = how.interleave({"obq": lambda: obq_cpu(library, W, Hinv, grid, g_idx, 15)})["obq"]
     per_row = [s / out_features for s in seconds]
-    return [
-        {
-            "bench": "obq",
-            "shape": [out_features, in_features],
-            "rows_compared": rows,
-            "rows_with_other_codes": int((codes[:rows] != expected).any(dim=1).sum()),
-            "seconds": quantiles(seconds),
-            "seconds_per_row": quantiles(per_row),
-            "gflops": quantiles([in_features**3 / 3 / s / 1e9 for s in per_row]),
-            "torch_seconds_per_row": round(reference, 3),
-            "times_faster_than_torch": round(reference / quantiles(per_row)["p50"], 1),
-        }
-    ]
+    yield {
+        "bench": "obq",
+        "shape": [out_features, in_features],
+        "rows_compared": rows,
+        "rows_with_other_codes": int((codes[:rows] != expected).any(dim=1).sum()),
+        "seconds": quantiles(seconds),
+        "seconds_per_row": quantiles(per_row),
+        "gflops": quantiles([in_features**3 / 3 / s / 1e9 for s in per_row]),
+        "torch_seconds_per_row": round(reference, 3),
+        "times_faster_than_torch": round(reference / quantiles(per_row)["p50"], 1),
+    }
 
 
 if __name__ == "__main__":
