@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.types import QuantizedWeight
+
+
+def paper_scheme(**fields: Any) -> QuantScheme:
+    """The scheme of the papers: grids from minimum and maximum, no refinement, unless the fields say otherwise."""
+    return QuantScheme(**{"scale_search": "minmax", **fields})
 
 
 def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.oracles import best_codes_row, correlated_problem, obq_row
+from tests.oracles import best_codes_row, correlated_problem, obq_row, paper_scheme
 
 from lightgptq.core.grid import fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.obq import obq
 from lightgptq.core.rtn import rtn
-from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.errors import QuantizationError
 
@@ -19,7 +18,7 @@ from lightgptq.errors import QuantizationError
 @pytest.mark.parametrize("group_size", [-1, 4])
 @pytest.mark.parametrize("sym", [False, True])
 def test_codes_equal_brute_force_greedy(bits, group_size, sym):
-    scheme = QuantScheme(bits=bits, group_size=group_size, sym=sym, method="obq")
+    scheme = paper_scheme(bits=bits, group_size=group_size, sym=sym, method="obq")
     for seed in range(4):
         W, H = correlated_problem(4, 7, seed=seed, dead=seed % 2)
         grid = fit_grid(W, scheme)
@@ -32,7 +31,7 @@ def test_codes_equal_brute_force_greedy(bits, group_size, sym):
 
 
 def test_loss_lies_between_the_optimum_and_rtn_on_tiny_problems():
-    scheme = QuantScheme(bits=2, group_size=-1, method="obq")
+    scheme = paper_scheme(bits=2, group_size=-1, method="obq")
     total, optimum, nearest = 0.0, 0.0, 0.0
     for seed in range(6):
         W, H = correlated_problem(3, 6, seed=seed)
@@ -49,7 +48,7 @@ def test_loss_lies_between_the_optimum_and_rtn_on_tiny_problems():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [-1, 16])
 def test_loss_is_below_that_of_the_papers_gptq_on_average(bits, group_size):
-    scheme = QuantScheme(bits=bits, group_size=group_size, act_order=False)
+    scheme = paper_scheme(bits=bits, group_size=group_size, act_order=False)
     greedy = ordered = 0.0
     for seed in range(4):
         W, H = correlated_problem(32, 64, seed=seed)
@@ -59,13 +58,13 @@ def test_loss_is_below_that_of_the_papers_gptq_on_average(bits, group_size):
 
 
 def test_identity_hessian_makes_obq_equal_rtn():
-    scheme = QuantScheme(bits=3, group_size=8, sym=False)
+    scheme = paper_scheme(bits=3, group_size=8, sym=False)
     W, _ = correlated_problem(9, 20, seed=0)
     assert torch.equal(obq(W, torch.eye(20), scheme).codes, rtn(W, scheme).codes)
 
 
 def test_chunking_over_rows_changes_nothing(monkeypatch):
-    scheme = QuantScheme(bits=3, group_size=8)
+    scheme = paper_scheme(bits=3, group_size=8)
     W, H = correlated_problem(11, 20, seed=0)
     whole = obq(W, H, scheme).codes
     monkeypatch.setattr("lightgptq.core.obq.ROWS_BYTES", 8 * 400 * 3)
@@ -74,4 +73,4 @@ def test_chunking_over_rows_changes_nothing(monkeypatch):
 
 def test_wrong_hessian_is_refused():
     with pytest.raises(QuantizationError, match="the weight has 8 inputs"):
-        obq(torch.ones(2, 8), torch.eye(9), QuantScheme())
+        obq(torch.ones(2, 8), torch.eye(9), paper_scheme())

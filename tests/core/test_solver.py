@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.oracles import correlated_problem, gptq_columns, layer_loss
+from tests.oracles import correlated_problem, gptq_columns, layer_loss, paper_scheme
 
 from lightgptq.core.grid import fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.rtn import rtn
-from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.errors import QuantizationError
 
@@ -36,7 +35,7 @@ def assert_same_codes(codes: torch.Tensor, expected: torch.Tensor, margin: torch
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
 def test_static_groups_match_the_column_by_column_oracle(bits, group_size, act_order, sym):
-    scheme = QuantScheme(bits=bits, group_size=group_size, act_order=act_order, sym=sym)
+    scheme = paper_scheme(bits=bits, group_size=group_size, act_order=act_order, sym=sym)
     W, H = correlated_problem(40, 45, seed=bits, dead=2)
     factor = HessianFactor.build(H, scheme)
     grid = fit_grid(W, scheme, factor.diag)
@@ -55,7 +54,7 @@ def test_static_groups_match_the_column_by_column_oracle(bits, group_size, act_o
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
 def test_dynamic_groups_match_the_oracle_on_the_grids_they_found(group_size, act_order, sym):
-    scheme = QuantScheme(bits=4, group_size=group_size, act_order=act_order, sym=sym, static_groups=False)
+    scheme = paper_scheme(bits=4, group_size=group_size, act_order=act_order, sym=sym, static_groups=False)
     W, H = correlated_problem(40, 45, seed=5)
     factor = HessianFactor.build(H, scheme)
     for block_size in (4, 128):
@@ -70,7 +69,7 @@ def test_dynamic_groups_match_the_oracle_on_the_grids_they_found(group_size, act
 
 
 def test_dynamic_grid_is_fitted_to_the_compensated_weights():
-    scheme = QuantScheme(bits=3, group_size=16, act_order=False, static_groups=False)
+    scheme = paper_scheme(bits=3, group_size=16, act_order=False, static_groups=False)
     W, H = correlated_problem(12, 32, seed=2)
     factor = HessianFactor.build(H, scheme)
     q = gptq(W, factor, scheme)
@@ -87,7 +86,7 @@ def test_dynamic_grid_is_fitted_to_the_compensated_weights():
 @pytest.mark.parametrize("static_groups", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
 def test_identity_hessian_makes_gptq_equal_rtn(act_order, static_groups, sym):
-    scheme = QuantScheme(bits=3, group_size=16, act_order=act_order, static_groups=static_groups, sym=sym)
+    scheme = paper_scheme(bits=3, group_size=16, act_order=act_order, static_groups=static_groups, sym=sym)
     W, _ = correlated_problem(30, 40, seed=9)
     q = gptq(W, HessianFactor.build(torch.eye(40) * 7.0, scheme), scheme)
     r = rtn(W, scheme)
@@ -100,7 +99,7 @@ def test_identity_hessian_makes_gptq_equal_rtn(act_order, static_groups, sym):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
 def test_loss_on_correlated_inputs_is_never_above_rtn(bits, act_order, sym):
-    scheme = QuantScheme(bits=bits, group_size=32, act_order=act_order, sym=sym)
+    scheme = paper_scheme(bits=bits, group_size=32, act_order=act_order, sym=sym)
     for seed in range(8):
         W, H = correlated_problem(48, 96, seed=seed)
         q = gptq(W, HessianFactor.build(H, scheme), scheme)
@@ -110,7 +109,7 @@ def test_loss_on_correlated_inputs_is_never_above_rtn(bits, act_order, sym):
 @pytest.mark.parametrize("dead", [0, 5])
 @pytest.mark.parametrize("static_groups", [False, True])
 def test_reported_loss_is_the_undamped_quadratic_form(dead, static_groups):
-    scheme = QuantScheme(bits=4, group_size=16, static_groups=static_groups)
+    scheme = paper_scheme(bits=4, group_size=16, static_groups=static_groups)
     W, H = correlated_problem(24, 64, seed=4, dead=dead)
     factor = HessianFactor.build(H, scheme)
     exact = layer_loss(W, gptq(W, factor, scheme).dequantize(), H)
@@ -121,7 +120,7 @@ def test_reported_loss_is_the_undamped_quadratic_form(dead, static_groups):
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_dead_columns_are_rounded_to_nearest_and_disturb_nothing(act_order):
-    scheme = QuantScheme(bits=4, group_size=-1, act_order=act_order)
+    scheme = paper_scheme(bits=4, group_size=-1, act_order=act_order)
     W, H = correlated_problem(20, 32, seed=6, dead=4)
     dead = H.diagonal() == 0
     q = gptq(W, HessianFactor.build(H, scheme), scheme)
@@ -133,7 +132,7 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_nothing(act_order):
 
 
 def test_weight_and_hessian_are_not_modified():
-    scheme = QuantScheme()
+    scheme = paper_scheme()
     W, H = correlated_problem(8, 16, seed=0)
     W0, H0 = W.clone(), H.clone()
     gptq(W, HessianFactor.build(H, scheme), scheme, H=H)
@@ -142,7 +141,7 @@ def test_weight_and_hessian_are_not_modified():
 
 
 def test_half_precision_weight_gives_the_codes_of_its_float32_value():
-    scheme = QuantScheme(bits=4, group_size=8)
+    scheme = paper_scheme(bits=4, group_size=8)
     W, H = correlated_problem(8, 16, seed=0)
     factor = HessianFactor.build(H, scheme)
     assert torch.equal(
@@ -153,7 +152,7 @@ def test_half_precision_weight_gives_the_codes_of_its_float32_value():
 def test_wrong_width_and_pointless_grid_are_refused():
     W, H = correlated_problem(8, 16, seed=0)
     with pytest.raises(QuantizationError, match="16 inputs, the weight has 15"):
-        gptq(W[:, :15], HessianFactor.build(H, QuantScheme()), QuantScheme())
-    dynamic = QuantScheme(static_groups=False)
+        gptq(W[:, :15], HessianFactor.build(H, paper_scheme()), paper_scheme())
+    dynamic = paper_scheme(static_groups=False)
     with pytest.raises(QuantizationError, match="finds its own"):
         gptq(W, HessianFactor.build(H, dynamic), dynamic, grid=fit_grid(W, dynamic))

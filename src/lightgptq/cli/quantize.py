@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from lightgptq.cli.output import show_json
+from lightgptq.core.presets import preset_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.quantization.budget import parse_bytes
 from lightgptq.quantization.progress import Listener, silent
@@ -31,6 +32,14 @@ class Method(str, Enum):
     gptq = "gptq"
     rtn = "rtn"
     obq = "obq"
+
+
+class Preset(str, Enum):
+    """How much is done for accuracy."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
 
 
 class Format(str, Enum):
@@ -70,6 +79,9 @@ def command(
         ),
     ] = True,
     method: Annotated[Method, typer.Option(help="gptq, or the baselines rtn and obq.")] = Method.gptq,
+    preset: Annotated[
+        Preset, typer.Option(help="Accuracy for time: fast, balanced (corrects inputs, refines) or best.")
+    ] = Preset.fast,
     calibration: Annotated[
         str, typer.Option(help="pydoc, FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG][@SPLIT].")
     ] = "pydoc",
@@ -105,14 +117,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Quantize SRC and write a GPTQ checkpoint to OUT. A killed run goes on when started again."""
-    scheme = QuantScheme(
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        method=method.value,
-        act_order=act_order,
-        static_groups=static_groups,
-        damp=damp,
+    scheme = QuantScheme(bits=bits, group_size=group_size, sym=sym, method=method.value, damp=damp)
+    scheme = scheme.with_overrides(
+        preset_fields(preset.value, bits) | {"act_order": act_order, "static_groups": static_groups}
     )
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:

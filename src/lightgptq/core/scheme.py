@@ -41,7 +41,7 @@ class QuantScheme:
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
-    scale_search: str = "minmax"
+    scale_search: str = "hessian"
     mismatch: float = 0.0
     refine: int = 0
 

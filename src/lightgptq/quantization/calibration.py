@@ -53,7 +53,13 @@ class CalibrationSet:
     def identity(self) -> dict[str, object]:
         """What decides the result, for the journal and the report."""
         digest = hashlib.sha256(self.input_ids.contiguous().numpy().tobytes()).hexdigest()
-        return {"source": self.source, "samples": self.samples, "seq_len": self.seq_len, "sha256": digest}
+        return {
+            "source": self.source,
+            "asked": self.asked,
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "sha256": digest,
+        }
 
     @classmethod
     def build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import time
 from collections.abc import Iterable
@@ -108,9 +109,12 @@ def quantize(
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
     flow = original = None
     if windows is not None:
+        if windows.samples < windows.asked:
+            note = f"{windows.source} gives {windows.samples} windows of {windows.seq_len} tokens"
+            listener(Progress(0, len(blocks), "read", note=f"{note}; {windows.asked} were asked for"))
         batches = windows.batches(BATCH_TOKENS)
         flow = CalibrationFlow(skeleton, blocks, batches)
-        if any(s.mismatch > 0 for s in plan.schemes.values()):
+        if any(s.mismatch > 0 and s.method == "gptq" for s in plan.schemes.values()):
             original = CalibrationFlow(skeleton, blocks, batches, "original")
     job = {
         "lightgptq": __version__,
@@ -185,6 +189,7 @@ class QuantizeRun:
                 )
                 self._quantize_block(block, solver, max_memory)
                 self.skeleton.release(block.module)
+                gc.collect()  # abandoned forwards leave cycles; without this the peak creeps up with every block
                 writer.sync()
                 journal.block_done(solver.records)
                 if self.flow is not None:

@@ -1,0 +1,111 @@
+"""The original model goes along: what it sees is the original's, and nothing else of the run changes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.folders import contents
+from transformers import AutoModelForCausalLM
+
+import lightgptq
+from lightgptq import QuantScheme
+from lightgptq.core.mismatch import MismatchAccumulator
+from lightgptq.quantization import run
+from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.progress import Progress
+from lightgptq.quantization.solve import GroupSolver
+
+BATCHES = 4
+PLAIN = QuantScheme(bits=3, group_size=32)
+CORRECTED = QuantScheme(bits=3, group_size=32, mismatch=1.0, refine=1)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(windows: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "BATCH_TOKENS", windows.input_ids.numel() // BATCHES)
+
+
+def test_replaying_both_models_gives_the_same_bytes_as_waiting(
+    model_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    lightgptq.quantize(model_folder("llama"), tmp_path / "waiting", CORRECTED, calibration=windows)
+    lightgptq.quantize(
+        model_folder("llama"), tmp_path / "replayed", CORRECTED, calibration=windows, max_memory=1
+    )
+    assert contents(tmp_path / "waiting") == contents(tmp_path / "replayed")
+
+
+def test_a_run_that_stopped_goes_on_with_both_models(
+    model_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    def stop_in_second_block(step: Progress) -> None:
+        if step.stage == "solve" and step.block == 1:
+            raise KeyboardInterrupt
+
+    lightgptq.quantize(model_folder("opt"), tmp_path / "whole", CORRECTED, calibration=windows)
+    with pytest.raises(KeyboardInterrupt):
+        lightgptq.quantize(
+            model_folder("opt"),
+            tmp_path / "cut",
+            CORRECTED,
+            calibration=windows,
+            listener=stop_in_second_block,
+        )
+    assert {p.suffix for p in (tmp_path / "cut.partial").iterdir()} >= {".activations", ".pattern"}
+    lightgptq.quantize(model_folder("opt"), tmp_path / "cut", CORRECTED, calibration=windows)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_the_first_linears_see_no_mismatch(
+    model_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    unrefined = QuantScheme(bits=3, group_size=32, mismatch=1.0)
+    lightgptq.quantize(model_folder("llama"), tmp_path / "plain", PLAIN, calibration=windows)
+    lightgptq.quantize(model_folder("llama"), tmp_path / "corrected", unrefined, calibration=windows)
+    with (
+        safe_open(tmp_path / "plain" / "model.safetensors", "pt") as a,
+        safe_open(tmp_path / "corrected" / "model.safetensors", "pt") as b,
+    ):
+        first, later = "model.layers.0.self_attn.q_proj.qweight", "model.layers.1.mlp.down_proj.qweight"
+        assert torch.equal(a.get_tensor(first), b.get_tensor(first))
+        assert not torch.equal(a.get_tensor(later), b.get_tensor(later))
+
+
+def test_the_mismatch_is_that_of_the_two_whole_models(
+    model_folder: Callable[[str], Path],
+    windows: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """M at the first group of the last block, against hooks on the original and the finished checkpoint in memory."""
+    name = "model.layers.1.self_attn.q_proj"
+    seen: dict[str, torch.Tensor] = {}
+    solve = GroupSolver.solve
+
+    def watch(self: GroupSolver, linears: dict, inputs: object) -> None:
+        if name in linears:
+            seen["M"] = inputs.mismatch.finish().clone()  # type: ignore[attr-defined]
+        solve(self, linears, inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GroupSolver, "solve", watch)
+    lightgptq.quantize(
+        model_folder("llama"), tmp_path / "out", CORRECTED, calibration=windows, dtype="float32"
+    )
+    entered = []
+    for model in (
+        AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32),
+        lightgptq.load(tmp_path / "out", dtype="float32"),
+    ):
+        hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=windows.input_ids)
+        hook.remove()
+    expected = MismatchAccumulator(entered[0].shape[-1])
+    expected.add(*entered)
+    scale = float(expected.M.abs().max())
+    # Float32 sums over a few hundred tokens, and quantized products that round in another order: 1e-3 of the largest.
+    assert float((seen["M"] - expected.M).abs().max()) < 1e-3 * scale
