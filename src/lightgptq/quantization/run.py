@@ -116,19 +116,7 @@ def quantize(
         flow = CalibrationFlow(skeleton, blocks, batches)
         if any(s.mismatch > 0 and s.method == "gptq" for s in plan.schemes.values()):
             original = CalibrationFlow(skeleton, blocks, batches, "original")
-    job = {
-        "lightgptq": __version__,
-        "scheme": scheme.to_dict(),
-        "rules": list(rules),
-        "lm_head": lm_head,
-        "checkpoint_format": checkpoint_format,
-        "dtype": str(compute).removeprefix("torch."),
-        "device": target.type,
-        "calibration": windows.identity() if windows is not None else {},
-        "max_shard_bytes": max_shard_bytes,
-        "source": reader.fingerprint(),
-    }
-    job = json.loads(json.dumps(job))
+    job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
     report = find_finished(out, job, restart=restart)
     if report is None:
         run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
@@ -145,6 +133,30 @@ def quantize(
         )
     report.out, report.seconds = out, time.perf_counter() - started
     return report
+
+
+def _identity(
+    scheme: QuantScheme,
+    rules: tuple[str, ...],
+    config: GPTQCheckpointConfig,
+    skeleton: ModelSkeleton,
+    windows: CalibrationSet | None,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the checkpoint, as plain JSON values."""
+    job = {
+        "lightgptq": __version__,
+        "scheme": scheme.to_dict(),
+        "rules": list(rules),
+        "lm_head": config.lm_head,
+        "checkpoint_format": config.checkpoint_format,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "device": skeleton.device.type,
+        "calibration": windows.identity() if windows is not None else {},
+        "max_shard_bytes": max_shard_bytes,
+        "source": skeleton.reader.fingerprint(),
+    }
+    return json.loads(json.dumps(job))
 
 
 class QuantizeRun:
