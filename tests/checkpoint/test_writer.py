@@ -299,6 +299,8 @@ class TestDiskFull:
                 writer.write("model.embed_tokens.weight", tensors["model.embed_tokens.weight"])
 
 
+# Made before forking: a forked child must not start work that torch's threads would have to share.
+KILLED_TENSORS = [torch.full((4, 4), float(i)) for i in range(3)]
 SYSTEM_CALLS = ("open", "pwrite", "fsync", "rename", "ftruncate", "unlink", "rmdir", "mkdir")
 
 
@@ -320,8 +322,8 @@ def write_and_die(out: Path, replace: bool, deadly: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     specs = [TensorSpec(f"w{i}", torch.float32, (4, 4)) for i in range(3)]
     with ShardWriter(out, specs, max_shard_bytes=100, replace=replace) as writer:
-        for i, spec in enumerate(specs):
-            writer.write(spec.name, torch.full((4, 4), float(i)))
+        for spec, tensor in zip(specs, KILLED_TENSORS, strict=True):
+            writer.write(spec.name, tensor)
         writer.sync()
         writer.finish({"config.json": b"{}", "tokenizer.json": b"{}"})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,15 @@ def main() -> int:
     args = parser.parse_args()
     failed = 0
     for folder in args.checkpoints:
-        result = check(folder, args.dtype, args.backend)
+        try:
+            result = check(folder, args.dtype, args.backend)
+        except ValueError as error:  # how GPTQModel refuses a checkpoint
+            result = {
+                "checkpoint": folder.name,
+                "refused": str(error),
+                "kl": math.inf,
+                "worst_weight": math.inf,
+            }
         result["ok"] = result["kl"] < KL_LIMIT[args.dtype] and result["worst_weight"] < WEIGHT_LIMIT
         failed += not result["ok"]
         line = json.dumps(result) if args.json else "  ".join(f"{k}={v}" for k, v in result.items())

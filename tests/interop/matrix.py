@@ -18,23 +18,23 @@ from pathlib import Path
 HERE = Path(__file__).parent
 READ, PEER_READS = HERE / "we_read_gptqmodel.py", HERE / "gptqmodel_reads_ours.py"
 CALIBRATION = ("--samples", "16", "--seq-len", "256")
-# name -> options of `lightgptq quantize`
+# name -> options of `lightgptq quantize`; asymmetric ones are gptq_v2: GPTQModel refuses v1 of other tools.
 OURS = {
     "4-g128-sym": "--bits 4 --group-size 128",
-    "4-g-1-asym": "--bits 4 --group-size -1 --no-sym",
-    "4-g32-sym-actorder": "--bits 4 --group-size 32 --act-order --no-static-groups",
+    "4-g-1-asym-v2": "--bits 4 --group-size -1 --no-sym --format gptq_v2",
+    "4-g32-sym-actorder": "--bits 4 --group-size 32 --no-static-groups",
     "4-g128-asym-v2": "--bits 4 --group-size 128 --no-sym --format gptq_v2",
     "4-g32-sym-v2": "--bits 4 --group-size 32 --format gptq_v2",
     "8-g128-sym": "--bits 8 --group-size 128",
     "8-g-1-asym-v2": "--bits 8 --group-size -1 --no-sym --format gptq_v2",
-    "8-g32-asym-actorder": "--bits 8 --group-size 32 --no-sym --act-order --no-static-groups",
+    "8-g32-asym-actorder-v2": "--bits 8 --group-size 32 --no-sym --no-static-groups --format gptq_v2",
     "3-g128-sym": "--bits 3 --group-size 128",
-    "3-g32-asym": "--bits 3 --group-size 32 --no-sym",
+    "3-g32-asym-v2": "--bits 3 --group-size 32 --no-sym --format gptq_v2",
     "3-g-1-sym-v2": "--bits 3 --group-size -1 --format gptq_v2",
-    "3-g128-asym-actorder-v2": "--bits 3 --group-size 128 --no-sym --act-order --no-static-groups --format gptq_v2",
+    "3-g128-asym-actorder-v2": "--bits 3 --group-size 128 --no-sym --no-static-groups --format gptq_v2",
     "2-g32-sym": "--bits 2 --group-size 32",
-    "2-g128-asym": "--bits 2 --group-size 128 --no-sym",
-    "2-g32-asym-actorder": "--bits 2 --group-size 32 --no-sym --act-order --no-static-groups",
+    "2-g128-asym-v2": "--bits 2 --group-size 128 --no-sym --format gptq_v2",
+    "2-g32-asym-actorder-v2": "--bits 2 --group-size 32 --no-sym --no-static-groups --format gptq_v2",
     "2-g-1-sym-v2": "--bits 2 --group-size -1 --format gptq_v2",
 }
 # name -> options of gptqmodel_quantizes.py
