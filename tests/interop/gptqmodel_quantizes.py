@@ -42,6 +42,8 @@ def main() -> None:
         "device": "cpu",
         "offload_to_disk": False,
     }
+    if args.group_size == -1:  # its default order is by groups and refuses a single one
+        options.update(act_group_aware=False)
     if args.desc_act or args.best:
         options.update(desc_act=True, act_group_aware=False)
     if args.best:
