@@ -71,7 +71,10 @@ def test_reported_error_is_that_of_the_returned_weights():
     result = tune_block(block, batches, weights, TuneOptions(steps=20), originals=originals)
     for name, q in result.weights.items():
         block.get_submodule(name).weight.data = q.dequantize()
-    errors = [float((block(*args, **kwargs)[0] - target).detach().square().mean()) for args, kwargs, target in batches]
+    errors = [
+        float((block(*args, **kwargs)[0] - target).detach().square().mean())
+        for args, kwargs, target in batches
+    ]
     assert result.after == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
