@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -108,7 +109,8 @@ def _measure(
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"{MODEL.name} on pydoc, {rows[0].result.tokens} tokens in windows of {WINDOW}")
+    title = f"{MODEL.name} on pydoc, {rows[0].result.tokens} tokens in windows of {WINDOW}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("method", "bits", "group", "bits/weight", "size", "perplexity", "KL (nats)", "top-1"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:

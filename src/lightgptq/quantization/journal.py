@@ -30,6 +30,7 @@ _OPTIONS = {
     "checkpoint_format": "--format",
     "dtype": "--dtype",
     "device": "--device",
+    "asked": "--samples",
     "samples": "--samples",
     "seq_len": "--seq-len",
 }

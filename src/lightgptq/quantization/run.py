@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import time
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from lightgptq.quantization.budget import activation_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
+from lightgptq.quantization.heap import give_back, map_large_tensors
 from lightgptq.quantization.inputs import calibration_windows, choose_device, choose_dtype
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
 from lightgptq.quantization.pause import on_input
@@ -183,6 +183,7 @@ class QuantizeRun:
     @torch.no_grad()
     def execute(self, output: OutputFolder, max_memory: int | None, max_shard_bytes: int) -> QuantReport:
         """Go on from the last finished block, or start, and publish."""
+        map_large_tensors()
         folder = WorkFolder(output.partial)
         journal = folder.journal(self.job)
         layout = self.plan.layout(self.skeleton)
@@ -201,7 +202,7 @@ class QuantizeRun:
                 )
                 self._quantize_block(block, solver, max_memory)
                 self.skeleton.release(block.module)
-                gc.collect()  # abandoned forwards leave cycles; without this the peak creeps up with every block
+                give_back()
                 writer.sync()
                 journal.block_done(solver.records)
                 if self.flow is not None:
