@@ -109,9 +109,9 @@ def _measure(
 
 
 def _table(rows: list[Row]) -> Table:
-    title = f"{MODEL.name} on pydoc, {rows[0].result.tokens} tokens in windows of {WINDOW}"
+    title = f"{MODEL.name} on pydoc, {rows[0].result.tokens} tokens, KL in nats a token"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "bits", "group", "bits/weight", "size", "perplexity", "KL (nats)", "top-1"):
+    for name in ("method", "bits", "group", "bits/weight", "size", "perplexity", "KL", "top-1"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         r = row.result

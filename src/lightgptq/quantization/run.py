@@ -25,7 +25,7 @@ from lightgptq.quantization.budget import activation_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
-from lightgptq.quantization.heap import give_back, map_large_tensors
+from lightgptq.quantization.heap import give_back, large_tensors_mapped
 from lightgptq.quantization.inputs import calibration_windows, choose_device, choose_dtype
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
 from lightgptq.quantization.pause import on_input
@@ -120,7 +120,7 @@ def quantize(
     report = find_finished(out, job, restart=restart)
     if report is None:
         run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
-        with OutputFolder(out, replace=restart) as output:
+        with OutputFolder(out, replace=restart) as output, large_tensors_mapped():
             if restart:
                 output.discard()
             report = run.execute(output, max_memory, max_shard_bytes)
@@ -183,7 +183,6 @@ class QuantizeRun:
     @torch.no_grad()
     def execute(self, output: OutputFolder, max_memory: int | None, max_shard_bytes: int) -> QuantReport:
         """Go on from the last finished block, or start, and publish."""
-        map_large_tensors()
         folder = WorkFolder(output.partial)
         journal = folder.journal(self.job)
         layout = self.plan.layout(self.skeleton)
