@@ -21,7 +21,10 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.bench_cpu_matmul
+	$(BIN)/python -m bench.bench_solver
+	$(BIN)/python -m bench.bench_generate
+	$(BIN)/python -m bench.bench_streaming
 
 wheel: setup
 	PYTHON=$(BIN)/python scripts/build_wheel.sh

@@ -39,8 +39,6 @@ from lightgptq.texts import Text
 from lightgptq.version import __version__
 
 BATCH_TOKENS = 4096
-DEFAULT_SEQ_LEN = 2048
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quantize(
