@@ -31,7 +31,7 @@ def _peak_of_a_run(src: Path, out: Path, send: Connection) -> None:
     weights are larger, and here the limit is fixed at 64 KiB so that the tiny ones are treated alike. Without
     that the heap's fragments add 1 to 4 MB for each block, more on a busy machine.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # lightgptq leaves a threshold alone that the user chose
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # lightgptq leaves a threshold alone that the user chose
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     torch.set_num_threads(1)
     ids = torch.randint(2, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
