@@ -19,10 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "core", "version"},
     "ops": {"errors", "native", "core", "checkpoint"},
     "linear": {"errors", "core", "checkpoint", "ops"},
-    "skeleton": {"errors", "core", "checkpoint"},
-    "hf": {"errors", "core", "checkpoint", "ops", "linear", "skeleton", "version"},
-    "quantization": {"errors", "core", "checkpoint", "skeleton", "texts", "version"},
-    "evaluation": {"errors", "core", "checkpoint", "skeleton", "texts", "hf", "linear"},
+    "companions": {"errors", "core", "checkpoint"},
+    "skeleton": {"errors", "core", "checkpoint", "companions"},
+    "hf": {"errors", "core", "checkpoint", "ops", "linear", "companions", "skeleton", "version"},
+    "quantization": {"errors", "core", "checkpoint", "companions", "skeleton", "texts", "version"},
+    "evaluation": {"errors", "core", "checkpoint", "companions", "skeleton", "texts", "hf", "linear"},
 }
 OUTERMOST = {"cli", "__init__", "__main__"}  # may import everything but each other
 

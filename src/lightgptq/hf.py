@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.errors import CheckpointError, UsageError
+from lightgptq.companions import load_config, local_folder, named_dtype
+from lightgptq.errors import CheckpointError
 from lightgptq.linear import QuantLinear
-from lightgptq.skeleton import build_empty_model, fill_buffers, load_config, local_folder, map_names
+from lightgptq.skeleton import build_empty_model, fill_buffers, map_names
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -43,9 +42,8 @@ def load(
     reader = CheckpointReader.open(checkpoint, revision)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not supported; choose auto, {', '.join(DTYPES)}")
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        dtype = named_dtype(dtype) or "auto"
     quantization = reader.quantization_config()
     if quantization is None:
         folder = str(local_folder(reader))

@@ -9,42 +9,21 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.companions import load_config
 from lightgptq.errors import CheckpointError, UnsupportedModelError
 
 # Embeddings beyond this size are looked up from the mapped file instead of being read into memory.
 MAPPED_EMBEDDING_BYTES = 64 << 20
-
-
-def local_folder(reader: CheckpointReader) -> Path:
-    """A folder with the checkpoint's config, tokenizer and code, downloaded first if the checkpoint is on the hub."""
-    reader.companion_files()
-    path = reader.source.path("config.json")
-    if path is None:
-        raise CheckpointError(f"{reader.label}: config.json has disappeared")
-    return path.parent
-
-
-def load_config(reader: CheckpointReader, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The Transformers config beside the checkpoint; raises UnsupportedModelError for a model type nobody knows."""
-    try:
-        config = AutoConfig.from_pretrained(str(local_folder(reader)), trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"Transformers {transformers.__version__} cannot read the config of {reader.label}: {first}"
-        ) from error
-    return config
 
 
 def build_empty_model(

@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoTokenizer
 
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.cli.output import show_json
+from lightgptq.companions import load_tokenizer, local_folder
 from lightgptq.hf import load
-from lightgptq.skeleton import local_folder
 
 
 def command(
@@ -44,7 +43,7 @@ def continue_prompt(
 ) -> str:
     """The greedy continuation, without the prompt."""
     folder = str(local_folder(CheckpointReader.open(model, revision)))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     loaded: Any = load(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     with torch.no_grad():

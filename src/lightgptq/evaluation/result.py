@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.errors import CalibrationError
+from lightgptq.companions import load_tokenizer, local_folder, window_length
 from lightgptq.evaluation.scores import evaluation_windows, score
 from lightgptq.evaluation.size import size_of
 from lightgptq.hf import load
-from lightgptq.skeleton import local_folder
 from lightgptq.texts import Text, load_text
-
-DEFAULT_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,12 @@ def evaluate(
     if not isinstance(model, PreTrainedModel):
         reader = CheckpointReader.open(model, revision)
         size = size_of(reader)
-        tokenizer = tokenizer or _tokenizer(str(local_folder(reader)), trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(local_folder(reader), trust_remote_code=trust_remote_code)
         model = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
     if tokenizer is None:
-        tokenizer = _tokenizer(model.config.name_or_path or "", trust_remote_code)
+        tokenizer = load_tokenizer(model.config.name_or_path or "", trust_remote_code=trust_remote_code)
     if reference is not None and not isinstance(reference, PreTrainedModel):
         reference = load(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     windows = _windows(model, text, tokenizer, seq_len, max_tokens)
@@ -100,21 +97,7 @@ def _windows(
     seq_len: int | None,
     max_tokens: int | None,
 ) -> torch.Tensor:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
-    elif context is not None and seq_len > context:
-        raise CalibrationError(f"--seq-len {seq_len} is beyond the model's context of {context} tokens")
+    length = window_length(model.config, seq_len)
     document = load_text(text, "evaluation") if isinstance(text, str) else text
     ids = torch.tensor(tokenizer(document.joined(), verbose=False)["input_ids"], dtype=torch.int64)
-    return evaluation_windows(ids, seq_len, max_tokens)
-
-
-def _tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(" :")
-        raise CalibrationError(
-            f"{path or 'the model'} has no tokenizer that Transformers can load: {first}"
-        ) from error
+    return evaluation_windows(ids, length, max_tokens)
