@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def windows() -> CalibrationSet:
     """12 windows of 48 random tokens: 576, more than any input of the tiny models is wide."""
     ids = torch.randint(2, VOCABULARY, (12, 48), generator=torch.Generator().manual_seed(1))
     return CalibrationSet(ids, "random", 12)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The times of the tests' runs stay out of the user's cache, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"])
 
 
 @pytest.fixture

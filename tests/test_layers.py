@@ -23,7 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "skeleton": {"errors", "core", "checkpoint", "companions"},
     "hf": {"errors", "core", "checkpoint", "ops", "linear", "companions", "skeleton", "version"},
     "quantization": {"errors", "core", "checkpoint", "companions", "skeleton", "texts", "version"},
-    "evaluation": {"errors", "core", "checkpoint", "companions", "skeleton", "texts", "hf", "linear"},
+    "evaluation": {
+        *("errors", "core", "checkpoint", "companions", "skeleton", "texts", "hf", "linear"),
+        "quantization",
+    },
 }
 OUTERMOST = {"cli", "__init__", "__main__"}  # may import everything but each other
 

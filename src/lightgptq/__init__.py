@@ -7,6 +7,7 @@
 
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import LightGPTQError
+from lightgptq.evaluation.comparison import Comparison, compare
 from lightgptq.evaluation.result import EvalResult, evaluate
 from lightgptq.hf import load
 from lightgptq.linear import QuantLinear
@@ -17,12 +18,14 @@ from lightgptq.version import __version__
 
 __all__ = [
     "CalibrationSet",
+    "Comparison",
     "EvalResult",
     "LightGPTQError",
     "QuantLinear",
     "QuantReport",
     "QuantScheme",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "quantize",

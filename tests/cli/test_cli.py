@@ -248,3 +248,35 @@ def test_the_installed_program_ends_with_the_same_codes(model_folder: Callable[[
     )
     assert (good.returncode, good.stderr) == (0, "")
     assert json.loads(good.stdout)["architecture"] == "LlamaForCausalLM"
+
+
+def test_compare_prints_a_table_and_writes_a_page(
+    model_folder: Callable[[str], Path],
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command = [
+        "compare",
+        str(model_folder("llama")),
+        str(checkpoint),
+        "--max-tokens",
+        "2000",
+        "--seq-len",
+        "50",
+    ]
+    facts = json_of(capfd, [*command, "--html", str(tmp_path / "page.html")])
+    assert facts["tokens"] == 40 * 49
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    capfd.readouterr()
+    assert run(command) == 0
+    shown = capfd.readouterr().out
+    assert "out loses most in model.layers." in shown
+    assert f"{facts['checkpoints'][0]['kl']['value']:.5f}" in shown
+
+
+def test_compare_refuses_a_page_in_a_folder_that_is_not_there(
+    model_folder: Callable[[str], Path], checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(model_folder("llama")), str(checkpoint), "--html", "/nowhere/page.html"]
+    assert "/nowhere does not exist" in error_of(capfd, command, 2)

@@ -13,7 +13,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from lightgptq.cli import evaluate, generate, info, quantize
+from lightgptq.cli import compare, evaluate, generate, info, quantize
 from lightgptq.errors import LightGPTQError, UsageError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
 app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("info")(info.command)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ class Journal:
     done  records of each finished block, in order
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], done: list[list[ModuleRecord]]) -> None:
-        self.path, self.job, self.done = path, job, done
+    def __init__(
+        self, path: Path, job: dict[str, Any], done: list[list[ModuleRecord]], seconds: float = 0.0
+    ) -> None:
+        self.path, self.job, self.done, self._seconds = path, job, done, seconds
+        self._since = time.perf_counter()
 
     @classmethod
     def open(cls, path: Path, job: dict[str, Any]) -> Journal:
@@ -63,12 +67,20 @@ class Journal:
             )
         done = [[ModuleRecord(**m) for m in line["modules"]] for line in lines[1:]]
         _truncate_to_complete(path)
-        return cls(path, job, done)
+        return cls(path, job, done, sum(line["seconds"] for line in lines[1:]))
 
     def block_done(self, modules: list[ModuleRecord]) -> None:
         """From here a killed run goes on. Call it when the block's files are synced."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._seconds += seconds
         self.done.append(modules)
-        self._append({"block": len(self.done) - 1, "modules": [asdict(m) for m in modules]})
+        block = {"block": len(self.done) - 1, "seconds": seconds}
+        self._append(block | {"modules": [asdict(m) for m in modules]})
+
+    def elapsed(self) -> float:
+        """Seconds of wall time in all processes of the run; work that a kill lost is not in it."""
+        return self._seconds + time.perf_counter() - self._since
 
     def _append(self, record: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
 from lightgptq.quantization.heap import give_back, large_tensors_mapped
+from lightgptq.quantization.history import remember
 from lightgptq.quantization.inputs import calibration_windows, choose_device, choose_dtype
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
 from lightgptq.quantization.pause import on_input
@@ -222,6 +223,7 @@ class QuantizeRun:
                 report.require_no_problems()
             self._tell("publish")
             writer.finish(self._files(report))
+            remember(self.job, journal.elapsed())
         return report
 
     def _begin(self, folder: WorkFolder, done: int) -> None:
