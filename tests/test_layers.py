@@ -20,12 +20,25 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "native", "core", "checkpoint"},
     "linear": {"errors", "core", "checkpoint", "ops"},
     "companions": {"errors", "core", "checkpoint"},
-    "skeleton": {"errors", "core", "checkpoint", "companions"},
-    "hf": {"errors", "core", "checkpoint", "ops", "linear", "companions", "skeleton", "version"},
-    "quantization": {"errors", "core", "checkpoint", "companions", "skeleton", "texts", "version"},
+    "layouts": {"errors"},
+    "sources": {"errors", "core", "checkpoint", "layouts"},
+    "skeleton": {"errors", "core", "checkpoint", "companions", "layouts", "sources"},
+    "hf": {
+        *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "sources", "skeleton"),
+        "version",
+    },
+    "quantization": {
+        *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
+        "version",
+    },
+    "once": set(),
+    "loading": {
+        *("errors", "core", "checkpoint", "ops", "linear", "companions", "skeleton", "sources", "texts"),
+        *("hf", "quantization", "once"),
+    },
     "evaluation": {
-        *("errors", "core", "checkpoint", "companions", "skeleton", "texts", "hf", "linear"),
-        "quantization",
+        *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
+        *("hf", "linear", "quantization"),
     },
 }
 OUTERMOST = {"cli", "__init__", "__main__"}  # may import everything but each other

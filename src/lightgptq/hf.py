@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import load_config, local_folder, named_dtype
 from lightgptq.errors import CheckpointError
+from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
-from lightgptq.skeleton import build_empty_model, fill_buffers, map_names
+from lightgptq.skeleton import build_empty_model, fill_buffers
+from lightgptq.sources import NameMap, Source, find_sources
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +73,14 @@ def _load_quantized(
     model = build_empty_model(config, dtype=chosen, trust_remote_code=trust_remote_code)
     fill_buffers(model, device)
     insert_quant_linears(model, reader, quantization, mode)
-    sources = map_names(model, reader.names())
+    sources = find_sources(model, reader.names())
     missing = [name for name in model.state_dict() if name not in sources]
     if missing:
         raise CheckpointError(
             f"{reader.label} does not hold {missing[0]} ({len(missing)} missing in all), "
             f"which {type(model).__name__} needs"
         )
-    _fill(model, reader, sources, chosen, device)
+    fill_meta(model, reader, sources, chosen, device)
     model.tie_weights()
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
@@ -89,49 +92,64 @@ def _load_quantized(
 
 
 def insert_quant_linears(
-    model: nn.Module, reader: CheckpointReader, quantization: GPTQCheckpointConfig, mode: str = "exact"
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    quantization: GPTQCheckpointConfig,
+    mode: str = "exact",
 ) -> list[str]:
     """Replace each linear whose ``.qweight`` the checkpoint holds by a QuantLinear on ``meta``; returns their names.
 
     Which modules are quantized shows in the file; how, in the config. Raises CheckpointError when the two contradict
     each other, or nothing fits the model.
     """
-    modules = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "")
+    written = [name.removesuffix(".qweight") for name in reader.names() if name.endswith(".qweight")]
+    targets = _find_modules(model, written)
     replaced = []
-    for name in reader.names():
-        if not name.endswith(".qweight"):
-            continue
-        written = name.removesuffix(".qweight")
-        candidates = (written, f"{prefix}.{written}", written.removeprefix(f"{prefix}."))
-        module = next((m for m in candidates if m in modules), None)
-        if module is None or not isinstance(modules[module], nn.Linear):
+    for name in written:
+        module = targets[name]
+        linear = model.get_submodule(module) if module is not None else None
+        if module is None or not isinstance(linear, (nn.Linear, Conv1D)):
             raise CheckpointError(
-                f"{reader.label}: {name} belongs to no linear layer of {type(model).__name__}"
+                f"{reader.label}: {name}.qweight belongs to no linear layer of {type(model).__name__}"
             )
         scheme = quantization.scheme_for(module)
         if scheme is None:
             raise CheckpointError(
-                f"{reader.label}: {name} exists, but the config says that {module} is not quantized"
+                f"{reader.label}: {name}.qweight exists, but the config says that {module} is not quantized"
             )
-        linear = modules[module]
-        assert isinstance(linear, nn.Linear)
+        out_features, in_features = linear.weight.shape
+        if isinstance(linear, Conv1D):
+            out_features, in_features = in_features, out_features
         layer = QuantLinear(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             scheme.bits,
             scheme.group_size,
             linear.bias is not None,
-            checkpoint_format=_zero_format(reader, written, quantization, scheme.bits, scheme.sym),
+            checkpoint_format=_zero_format(reader, name, quantization, scheme.bits, scheme.sym),
             mode=mode,
             device="meta",
         )
-        parent, _, leaf = module.rpartition(".")
-        setattr(modules[parent], leaf, layer)
+        replace_module(model, module, layer)
         replaced.append(module)
     if not replaced:
         raise CheckpointError(f"{reader.label} has a GPTQ config but no quantized weights")
     return replaced
+
+
+def _find_modules(model: PreTrainedModel, written: list[str]) -> dict[str, str | None]:
+    """The model's name of each module that the checkpoint calls ``written``; experts are made linears where it has any.
+
+    Which of the model's rules rename a module shows in its weight's name.
+    """
+    name_map = NameMap(model)
+    fused = {path for path, module in model.named_modules() if has_fused_experts(module)}
+    if fused:
+        owners = {found.rsplit(".", 2)[0] for name in written for found in name_map.candidates(name)}
+        expand_experts(model, name_map.converters, fused & owners)
+    weights = {f"{path}.weight" for path, _ in model.named_modules()}
+    found = {name: name_map.renamed(f"{name}.weight", weights) for name in written}
+    return {name: path.removesuffix(".weight") if path is not None else None for name, path in found.items()}
 
 
 def _zero_format(
@@ -148,10 +166,10 @@ def _zero_format(
     return finding.checkpoint_format
 
 
-def _fill(
+def fill_meta(
     model: nn.Module,
     reader: CheckpointReader,
-    sources: dict[str, str],
+    sources: dict[str, Source],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -163,12 +181,12 @@ def _fill(
                 if slot is None or not slot.is_meta:
                     continue
                 source = sources[f"{path}.{name}" if path else name]
-                value = reader.tensor(source)
+                value = source.read(reader)
                 if tuple(value.shape) != tuple(slot.shape) or (
                     packed and name != "bias" and value.dtype != slot.dtype
                 ):
                     raise CheckpointError(
-                        f"{reader.label}: {source} is {value.dtype} {tuple(value.shape)}, "
+                        f"{reader.label}: {source.names[0]} is {value.dtype} {tuple(value.shape)}, "
                         f"the config asks for {slot.dtype} {tuple(slot.shape)}"
                     )
                 if value.is_floating_point() and not (packed and name == "scales"):

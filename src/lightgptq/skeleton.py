@@ -15,12 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import load_config
 from lightgptq.errors import CheckpointError, UnsupportedModelError
+from lightgptq.layouts import expand_experts, straighten_conv1d
+from lightgptq.sources import NameMap, Source, find_sources
 
 # Embeddings beyond this size are looked up from the mapped file instead of being read into memory.
 MAPPED_EMBEDDING_BYTES = 64 << 20
@@ -105,16 +105,18 @@ class ModelSkeleton:
 
     model    the Transformers model
     reader   the checkpoint
-    sources  parameter or persistent buffer name in the model -> tensor name in the checkpoint
     dtype    floating-point parameters are cast to this when they are materialised
     device   and put here
+    sources  parameter or persistent buffer name in the model -> where it lies in the checkpoint
+    unknown  paths of modules that hold 3-D weights in a layout that is not known
     """
 
     model: PreTrainedModel
     reader: CheckpointReader
     dtype: torch.dtype
     device: torch.device
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -125,7 +127,7 @@ class ModelSkeleton:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> ModelSkeleton:
-        """Build the model of a checkpoint and find each of its weights.
+        """Build the model of a checkpoint, with linears for whatever is one, and find each of its weights.
 
         Raises UnsupportedModelError, or CheckpointError when weights are missing.
         """
@@ -136,7 +138,10 @@ class ModelSkeleton:
             )
         model = build_empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
         fill_buffers(model, device)
-        skeleton = cls(model, reader, dtype, torch.device(device), map_names(model, reader.names()))
+        straighten_conv1d(model)
+        unknown = expand_experts(model, NameMap(model).converters)
+        sources = find_sources(model, reader.names())
+        skeleton = cls(model, reader, dtype, torch.device(device), sources, unknown)
         skeleton._check_complete()
         return skeleton
 
@@ -149,10 +154,10 @@ class ModelSkeleton:
             )
         shapes = dict(self.model.state_dict())
         for name, source in self.sources.items():
-            want, have = tuple(shapes[name].shape), tuple(self.reader.shape(source))
+            want, have = tuple(shapes[name].shape), source.shape(self.reader)
             if want != have:
                 raise CheckpointError(
-                    f"{source} has shape {have} in {self.reader.label}, the config asks for {want}"
+                    f"{source.names[0]} has shape {have} in {self.reader.label}, the config asks for {want}"
                 )
 
     def materialise(self, module: nn.Module, prefix: str) -> None:
@@ -160,11 +165,11 @@ class ModelSkeleton:
         for path, part in module.named_modules(prefix=prefix):
             for name, parameter in part._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    value = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+                    value = self._cast(self.sources[_join(path, name)].read(self.reader))
                     part._parameters[name] = nn.Parameter(value, requires_grad=False)
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    part._buffers[name] = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+                    part._buffers[name] = self._cast(self.sources[_join(path, name)].read(self.reader))
 
     def release(self, module: nn.Module) -> None:
         """Forget every parameter below ``module``."""
@@ -187,15 +192,20 @@ class ModelSkeleton:
                 if parameter is None or not parameter.is_meta:
                     continue
                 source = self.sources[_join(path, name)]
-                if isinstance(part, nn.Embedding) and self.reader.nbytes(source) > MAPPED_EMBEDDING_BYTES:
-                    part._parameters[name] = nn.Parameter(self.reader.mapped(source), requires_grad=False)
+                if isinstance(part, nn.Embedding) and self._is_large(source.whole):
+                    part._parameters[name] = nn.Parameter(
+                        self.reader.mapped(source.names[0]), requires_grad=False
+                    )
                     part.register_forward_hook(self._cast_output)
                 else:
-                    value = self._cast(self.reader.tensor(source))
+                    value = self._cast(source.read(self.reader))
                     part._parameters[name] = nn.Parameter(value, requires_grad=False)
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    part._buffers[name] = self._cast(self.reader.tensor(self.sources[_join(path, name)]))
+                    part._buffers[name] = self._cast(self.sources[_join(path, name)].read(self.reader))
+
+    def _is_large(self, tensor: str | None) -> bool:
+        return tensor is not None and self.reader.nbytes(tensor) > MAPPED_EMBEDDING_BYTES
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
@@ -206,31 +216,3 @@ class ModelSkeleton:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def map_names(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-    """Which checkpoint tensor fills each parameter, by Transformers' own renaming rules.
-
-    Names are matched as written, then with the base model's prefix added or removed, then through the renamings that
-    Transformers knows for this architecture. Raises UnsupportedModelError where a rule merges or splits tensors.
-    """
-    wanted = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    sources: dict[str, str] = {}
-    for name in names:
-        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if converter is not None and target in wanted:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} merges or splits {name} while loading; such layouts are not supported yet"
-            )
-        if target in wanted:
-            sources[target] = name
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, other in tied.items():
-        if other in sources:
-            sources.setdefault(name, sources[other])
-        elif name in sources:
-            sources[other] = sources[name]
-    return sources

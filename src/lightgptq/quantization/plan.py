@@ -16,6 +16,7 @@ from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
 from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.skeleton import ModelSkeleton
+from lightgptq.sources import Source
 
 RULE_NAMES = {"bits": int, "group_size": int, "sym": bool, "damp": float}
 # Checkpoint configs have another name for this one.
@@ -68,12 +69,14 @@ class Layout:
 
     entries  all of them, in file order
     copies   name in the checkpoint -> tensor of the source whose bytes it takes over
-    biases   name in the checkpoint -> tensor of the source that is converted to float16, as the format asks
+    biases   name in the checkpoint -> where the bias lies that is converted to float16, as the format asks
+    parts    name in the checkpoint -> where an unquantized weight lies whose tensor holds quantized ones too
     """
 
     entries: list[TensorSpec]
     copies: dict[str, str]
-    biases: dict[str, str]
+    biases: dict[str, Source]
+    parts: dict[str, Source]
 
 
 @dataclass(frozen=True)
@@ -123,28 +126,45 @@ class QuantPlan:
 
     def layout(self, skeleton: ModelSkeleton) -> Layout:
         """Every tensor of the checkpoint in the order of the source, and where those that are copied come from."""
-        reader, layout = skeleton.reader, Layout([], {}, {})
-        quantized = {skeleton.sources[f"{module}.weight"]: module for module in self.schemes}
-        biases = {
-            skeleton.sources[f"{module}.bias"]: f"{packed_name(skeleton, module)}.bias"
-            for module in self.schemes
-            if f"{module}.bias" in skeleton.sources
-        }
-        packed = {f"{module}.{leaf}" for module in self.schemes for leaf in ("weight", "bias")}
-        kept = {source for name, source in skeleton.sources.items() if name not in packed}
-        for source in reader.names():
-            if source in quantized:
-                layout.entries += self.packed_entries(skeleton, quantized[source])
-            if source in biases:
-                layout.biases[biases[source]] = source
-                layout.entries.append(TensorSpec(biases[source], torch.float16, reader.shape(source)))
-            elif (
-                source not in quantized or source in kept
-            ):  # a tied weight is packed in the head, kept in the embedding
-                name = output_name(skeleton, source)
-                layout.copies[name] = source
-                layout.entries.append(TensorSpec(name, reader.dtype(source), reader.shape(source)))
+        reader, layout = skeleton.reader, Layout([], {}, {}, {})
+        packed = {f"{module}.{leaf}": module for module in self.schemes for leaf in ("weight", "bias")}
+        users: dict[str, list[str]] = {}
+        for parameter, source in skeleton.sources.items():
+            for name in source.names:
+                users.setdefault(name, []).append(parameter)
+        begun: set[str] = set()
+        for name in reader.names():
+            rest = [user for user in users.get(name, []) if user not in packed]
+            for user in users.get(name, []):
+                if user in packed and user not in begun:
+                    begun.add(user)
+                    self._add_packed(layout, skeleton, packed[user], user)
+            if len(rest) == len(users.get(name, [])) or any(skeleton.sources[u].whole for u in rest):
+                # A tied weight is packed in the head and kept in the embedding.
+                output = output_name(skeleton, name)
+                layout.copies[output] = name
+                layout.entries.append(TensorSpec(output, reader.dtype(name), reader.shape(name)))
+            else:
+                self._add_rest(layout, skeleton, [user for user in rest if user not in begun])
+                begun.update(rest)
         return layout
+
+    def _add_packed(self, layout: Layout, skeleton: ModelSkeleton, module: str, parameter: str) -> None:
+        source = skeleton.sources[parameter]
+        if parameter.endswith(".weight"):
+            layout.entries += self.packed_entries(skeleton, module)
+        else:
+            name = f"{packed_name(skeleton, module)}.bias"
+            layout.biases[name] = source
+            layout.entries.append(TensorSpec(name, torch.float16, source.shape(skeleton.reader)))
+
+    def _add_rest(self, layout: Layout, skeleton: ModelSkeleton, parameters: list[str]) -> None:
+        """What is not quantized of a tensor that holds several weights is written as weights of its own."""
+        for parameter in parameters:
+            source = skeleton.sources[parameter]
+            layout.parts[parameter] = source
+            dtype = source.dtype(skeleton.reader)
+            layout.entries.append(TensorSpec(parameter, dtype, source.shape(skeleton.reader)))
 
     def packed_entries(self, skeleton: ModelSkeleton, module: str) -> list[TensorSpec]:
         """The four tensors of one quantized module."""
@@ -163,11 +183,17 @@ def _head_name(skeleton: ModelSkeleton) -> str | None:
 
 
 def packed_name(skeleton: ModelSkeleton, module: str) -> str:
-    """What a quantized module is called in the checkpoint."""
+    """What a quantized module is called in the checkpoint: as in the source, if its weight has that name there too.
+
+    A head that is tied to the embedding or that Transformers renames, an expert out of a tensor of all experts, or a
+    weight that Transformers merges while loading has the module's name in the model.
+    """
     source = skeleton.sources[f"{module}.weight"]
-    if not source.endswith(f"{module.rpartition('.')[2]}.weight"):  # a tied head has the embedding's name
+    if source.conversion is not None or source.part.index is not None:
         return module
-    return output_name(skeleton, source).removesuffix(".weight")
+    if not source.names[0].endswith(f"{module.rpartition('.')[2]}.weight"):
+        return module
+    return output_name(skeleton, source.names[0]).removesuffix(".weight")
 
 
 def output_name(skeleton: ModelSkeleton, source: str) -> str:
@@ -177,4 +203,5 @@ def output_name(skeleton: ModelSkeleton, source: str) -> str:
     because other readers of quantized checkpoints look names up literally.
     """
     prefixed = f"{skeleton.model.base_model_prefix}.{source}"
-    return prefixed if skeleton.sources.get(prefixed) == source else source
+    found = skeleton.sources.get(prefixed)
+    return prefixed if found is not None and found.names == (source,) else source

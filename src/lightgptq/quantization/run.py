@@ -215,9 +215,11 @@ class QuantizeRun:
                 journal.block_done(solver.records)
             self._tell("copy")
             for name, source in layout.biases.items():
-                writer.write(name, self.skeleton.reader.tensor(source).half())
-            for name, source in layout.copies.items():
-                writer.write_stream(name, self.skeleton.reader.stream(source))
+                writer.write(name, source.read(self.skeleton.reader).half())
+            for name, source in layout.parts.items():
+                writer.write(name, source.read(self.skeleton.reader))
+            for name, tensor in layout.copies.items():
+                writer.write_stream(name, self.skeleton.reader.stream(tensor))
             report = QuantReport(self.job, [record for block in journal.done for record in block])
             if self.strict:  # a run that was started without --strict may have gone on with problems
                 report.require_no_problems()

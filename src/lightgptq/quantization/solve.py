@@ -86,9 +86,9 @@ class GroupSolver:
     def _weight(self, name: str, module: nn.Linear) -> Tensor:
         """The weight (out, in) in float32, from the source itself where the block holds a rounded copy."""
         source = self.skeleton.sources[f"{name}.weight"]
-        if self.skeleton.reader.dtype(source) == module.weight.dtype:
+        if source.dtype(self.skeleton.reader) == module.weight.dtype:
             return module.weight.detach().float()
-        return self.skeleton.reader.tensor(source).to(module.weight.device, torch.float32)
+        return source.read(self.skeleton.reader).to(module.weight.device, torch.float32)
 
     def _record(
         self,

@@ -1,0 +1,166 @@
+"""Tiny configs of many architectures, built from Transformers' own classes: hidden 64, 2 layers, vocabulary 200."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 200
+HIDDEN = 64
+INNER = 96
+LAYERS = 2
+HEADS = 4
+
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+# Llama's names for the sizes, which most decoders took over.
+_USUAL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    **_TOKENS,
+}
+# GPT-2's names.
+_OLDER = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": 128,
+    **_TOKENS,
+}
+
+
+def _build(name: str, config: str, **fields: Any) -> Callable[[], PreTrainedModel]:
+    """``getattr(transformers, name)`` of a config class with these fields."""
+
+    def build() -> PreTrainedModel:
+        return getattr(transformers, name)(getattr(transformers, config)(**fields))
+
+    return build
+
+
+DENSE: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _build("LlamaForCausalLM", "LlamaConfig", **_USUAL),
+    "mistral": _build("MistralForCausalLM", "MistralConfig", **_USUAL, sliding_window=16),
+    "qwen2": _build("Qwen2ForCausalLM", "Qwen2Config", **_USUAL),
+    "qwen3": _build("Qwen3ForCausalLM", "Qwen3Config", **_USUAL, head_dim=16),
+    "gemma2": _build("Gemma2ForCausalLM", "Gemma2Config", **_USUAL, head_dim=16, sliding_window=16),
+    "gemma3-text": _build(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        **_USUAL,
+        head_dim=16,
+        sliding_window=16,
+        sliding_window_pattern=2,
+    ),
+    "phi3": _build("Phi3ForCausalLM", "Phi3Config", **_USUAL),
+    "stablelm": _build("StableLmForCausalLM", "StableLmConfig", **_USUAL),
+    "starcoder2": _build("Starcoder2ForCausalLM", "Starcoder2Config", **_USUAL),
+    "cohere": _build("CohereForCausalLM", "CohereConfig", **_USUAL),
+    "olmo2": _build("Olmo2ForCausalLM", "Olmo2Config", **_USUAL),
+    "granite": _build("GraniteForCausalLM", "GraniteConfig", **_USUAL),
+    "smollm3": _build("SmolLM3ForCausalLM", "SmolLM3Config", **_USUAL),
+    "gpt2": _build("GPT2LMHeadModel", "GPT2Config", **_OLDER),
+    "gptj": _build("GPTJForCausalLM", "GPTJConfig", **_OLDER, rotary_dim=8, tie_word_embeddings=False),
+    "gpt-neox": _build("GPTNeoXForCausalLM", "GPTNeoXConfig", **_USUAL),
+    "opt": _build(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=128,
+        **_TOKENS,
+    ),
+    "bloom": _build(
+        "BloomForCausalLM",
+        "BloomConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        **_TOKENS,
+    ),
+    "falcon": _build(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        **_TOKENS,
+    ),
+    "mpt": _build(
+        "MptForCausalLM",
+        "MptConfig",
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        n_layers=LAYERS,
+        n_heads=HEADS,
+        max_seq_len=128,
+    ),
+}
+
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": _build(
+        "MixtralForCausalLM", "MixtralConfig", **{**_USUAL, "intermediate_size": 32}, num_local_experts=4
+    ),
+    "qwen3-moe": _build(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_USUAL, **_EXPERTS, head_dim=16, num_experts=6
+    ),
+    "deepseek-v3": _build(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        **{**_USUAL, "num_key_value_heads": HEADS},
+        **_EXPERTS,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
+    "gpt-oss": _build(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        **{**_USUAL, "intermediate_size": 32},
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+    ),
+}
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Weights large enough that every layer matters, biases and norms away from their neutral values.
+
+    Matrices keep the size of what goes through them: an output is as large as an input, whichever dimension is summed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * 1.2 / min(parameter.shape[-2:]) ** 0.5)
+            else:
+                parameter.add_(noise * 0.1)
+    return model.eval()
