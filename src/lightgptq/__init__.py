@@ -5,12 +5,15 @@
 >>> model = lightgptq.load("out")  # doctest: +SKIP
 """
 
+from lightgptq.checkpoint.conversion import export_compressed_tensors, import_compressed_tensors
+from lightgptq.checkpoint.gguf import export_gguf
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import LightGPTQError
 from lightgptq.evaluation.comparison import Comparison, compare
 from lightgptq.evaluation.result import EvalResult, evaluate
 from lightgptq.hf import load
 from lightgptq.linear import QuantLinear
+from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.report import QuantReport
 from lightgptq.quantization.run import quantize
@@ -27,6 +30,11 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export_compressed_tensors",
+    "export_gguf",
+    "import_compressed_tensors",
     "load",
     "quantize",
+    "register",
+    "unregister",
 ]

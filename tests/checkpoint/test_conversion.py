@@ -30,8 +30,8 @@ def test_there_and_back_keeps_every_weight(
     make_gptq_folder: Callable[..., Path], tmp_path: Path, case: dict[str, Any]
 ) -> None:
     folder = make_gptq_folder(**case)
-    export_compressed_tensors(folder, tmp_path / "ct", version="0")
-    import_compressed_tensors(tmp_path / "ct", tmp_path / "back", version="0")
+    export_compressed_tensors(folder, tmp_path / "ct")
+    import_compressed_tensors(tmp_path / "ct", tmp_path / "back")
     before, after = (QuantizedCheckpoint.of(CheckpointReader.open(f)) for f in (folder, tmp_path / "back"))
     assert before.modules == after.modules
     for module in before.modules:
@@ -51,10 +51,10 @@ def test_mixed_schemes_keep_theirs(make_gptq_folder: Callable[..., Path], tmp_pa
     from_rule["quantization_config"]["dynamic"] = {r"model\.layers\.1\.": {"bits": 8}}
     (folder / "config.json").write_text(json.dumps(from_rule))
     save_file(tensors, folder / "model.safetensors")
-    export_compressed_tensors(folder, tmp_path / "ct", version="0")
+    export_compressed_tensors(folder, tmp_path / "ct")
     raw = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
     assert sorted(group["weights"]["num_bits"] for group in raw["config_groups"].values()) == [4, 8]
-    import_compressed_tensors(tmp_path / "ct", tmp_path / "back", version="0")
+    import_compressed_tensors(tmp_path / "ct", tmp_path / "back")
     back = QuantizedCheckpoint.of(CheckpointReader.open(tmp_path / "back"))
     assert {back.scheme(module).bits for module in back.modules if ".layers.1." in module} == {8}
     assert {back.scheme(module).bits for module in back.modules if ".layers.0." in module} == {4}
@@ -63,7 +63,7 @@ def test_mixed_schemes_keep_theirs(make_gptq_folder: Callable[..., Path], tmp_pa
 def test_the_written_config_is_what_readers_look_for(
     make_gptq_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    export_compressed_tensors(make_gptq_folder(bits=4, group_size=32), tmp_path / "ct", version="0")
+    export_compressed_tensors(make_gptq_folder(bits=4, group_size=32), tmp_path / "ct")
     raw = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
     assert raw["quant_method"] == "compressed-tensors"
     assert raw["format"] == "pack-quantized"
@@ -74,7 +74,7 @@ def test_the_written_config_is_what_readers_look_for(
 def test_permuted_groups_are_refused(make_gptq_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_gptq_folder(bits=4, group_size=32, permuted=True, act_order=True, static_groups=False)
     with pytest.raises(CheckpointError, match="has permuted groups"):
-        export_compressed_tensors(folder, tmp_path / "ct", version="0")
+        export_compressed_tensors(folder, tmp_path / "ct")
     assert not (tmp_path / "ct").exists()
 
 
@@ -82,5 +82,5 @@ def test_a_gptq_checkpoint_is_no_compressed_one(
     make_gptq_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="only 'pack-quantized' can be read"):
-        import_compressed_tensors(make_gptq_folder(), tmp_path / "out", version="0")
+        import_compressed_tensors(make_gptq_folder(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from lightgptq.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter, Tensor
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import CheckpointError
+from lightgptq.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +36,21 @@ class _Linear:
 
 
 def export_compressed_tensors(
-    checkpoint: str | Path, out: str | Path, *, version: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a GPTQ checkpoint as compressed-tensors ``pack-quantized``, with the same codes, zeros and scales.
 
     checkpoint  folder or hub name of a GPTQ checkpoint
     out         folder to write; absent or empty
-    version     of lightgptq, for the config
+    revision    branch, tag or commit on the hub
 
     Raises CheckpointError when the source is malformed, has permuted groups, or ``out`` cannot be written.
     """
-    reader = CheckpointReader.open(checkpoint)
+    reader = CheckpointReader.open(checkpoint, revision)
     quantized = QuantizedCheckpoint.of(reader)
     schemes = {module: quantized.scheme(module) for module in quantized.modules}
     groups: dict[QuantScheme, list[str]] = {}
@@ -70,7 +75,7 @@ def export_compressed_tensors(
 
         return _Linear(module, load)
 
-    raw = {**reader.config, "quantization_config": config.to_dict(f"lightgptq-{version}")}
+    raw = {**reader.config, "quantization_config": config.to_dict(f"lightgptq-{__version__}")}
     _write(
         reader,
         out,
@@ -82,7 +87,11 @@ def export_compressed_tensors(
 
 
 def import_compressed_tensors(
-    checkpoint: str | Path, out: str | Path, *, version: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a compressed-tensors ``pack-quantized`` checkpoint as GPTQ, with the same codes and zeros.
 
@@ -91,7 +100,7 @@ def import_compressed_tensors(
 
     Raises CheckpointError when the source is malformed, of another format, or ``out`` cannot be written.
     """
-    reader = CheckpointReader.open(checkpoint)
+    reader = CheckpointReader.open(checkpoint, revision)
     found = reader.config.get("quantization_config")
     if not isinstance(found, dict):
         raise CheckpointError(f"{reader.label}: config.json has no quantization_config")
@@ -120,14 +129,12 @@ def import_compressed_tensors(
 
     packed = {f"{module}.{suffix}" for module in modules for suffix in SUFFIXES}
     plain = [name for name in reader.names() if name not in packed]
-    raw = _gptq_config(known, version, checkpoint_format).to_dict()
+    raw = _gptq_config(known, checkpoint_format).to_dict()
     files = {"config.json": {**reader.config, "quantization_config": raw}, "quantize_config.json": raw}
     _write(reader, out, [linear(module) for module in modules], plain, files, max_shard_bytes)
 
 
-def _gptq_config(
-    schemes: dict[str, QuantScheme], version: str, checkpoint_format: str
-) -> GPTQCheckpointConfig:
+def _gptq_config(schemes: dict[str, QuantScheme], checkpoint_format: str) -> GPTQCheckpointConfig:
     """The most frequent scheme as the base, a rule for each module that has another."""
     counts = {scheme: list(schemes.values()).count(scheme) for scheme in schemes.values()}
     base = max(counts, key=lambda scheme: counts[scheme])
@@ -138,7 +145,7 @@ def _gptq_config(
     }
     return GPTQCheckpointConfig.from_scheme(
         base,
-        version=version,
+        version=__version__,
         checkpoint_format=checkpoint_format,
         dynamic=rules,
         lm_head="lm_head" in schemes,

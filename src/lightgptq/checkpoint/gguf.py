@@ -58,12 +58,19 @@ class _Entry:
     load: Callable[[], NDArray[Any]]
 
 
-def export_gguf(checkpoint: str | Path, out: str | Path, *, tokenizer_pre: str | None = None) -> GGUFReport:
+def export_gguf(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    tokenizer_pre: str | None = None,
+    revision: str | None = None,
+) -> GGUFReport:
     """Write a GPTQ checkpoint as one GGUF file.
 
     checkpoint     folder or hub name of a GPTQ checkpoint
     out            the file to write; must not exist
     tokenizer_pre  llama.cpp's name of the tokenizer's splitting pattern, when it is not recognised
+    revision       branch, tag or commit on the hub
 
     Returns which linears are exact. Raises CheckpointError for an architecture, rotary scaling or
     tokenizer that the export does not know, UsageError when ``out`` exists, MissingDependencyError without
@@ -73,7 +80,7 @@ def export_gguf(checkpoint: str | Path, out: str | Path, *, tokenizer_pre: str |
     out = Path(out)
     if out.exists():
         raise UsageError(f"{out} exists; choose another file")
-    reader = CheckpointReader.open(checkpoint)
+    reader = CheckpointReader.open(checkpoint, revision)
     quantized = QuantizedCheckpoint.of(reader)
     architecture = _architecture(reader)
     tokenizer = reader.companion_files().get("tokenizer.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,24 @@ class CheckpointReader:
         reader = cls(source, config, {}, quantize_config)
         reader.weight_map = reader._find_weights()
         return reader
+
+    @classmethod
+    def of_files(cls, paths: Sequence[str | Path]) -> CheckpointReader:
+        """The tensors of these weight files of one folder, whatever they are called; the config is left empty.
+
+        Raises CheckpointError when a file is missing or malformed.
+        """
+        if not paths:
+            raise CheckpointError("no weight files were given; a checkpoint has at least one")
+        reader = cls(LocalFolder(Path(paths[0]).parent), {}, {})
+        reader.weight_map = {
+            name: path.name for path in map(Path, paths) for name in reader._file(path.name).entries
+        }
+        return reader
+
+    def leave_out(self, name: str) -> None:
+        """Forget a tensor, as if the checkpoint did not hold it."""
+        self.weight_map = {kept: file for kept, file in self.weight_map.items() if kept != name}
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from lightgptq.cli import compare, evaluate, generate, info, quantize
+from lightgptq.cli import compare, evaluate, export, generate, info, quantize
 from lightgptq.errors import LightGPTQError, UsageError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("info")(info.command)
+app.command("export")(export.command)
 
 
 def main() -> None:

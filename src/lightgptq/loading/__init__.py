@@ -1,0 +1,1 @@
+"""GPTQ checkpoints through Transformers' own ``from_pretrained``."""
