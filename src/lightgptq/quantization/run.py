@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
+from lightgptq.checkpoint.fused_rules import fused_conflicts
 from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.checkpoint.writer import ShardWriter
@@ -38,6 +40,8 @@ from lightgptq.quantization.workfolder import WorkFolder, find_finished
 from lightgptq.skeleton import ModelSkeleton
 from lightgptq.texts import Text
 from lightgptq.version import __version__
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 
@@ -103,6 +107,10 @@ def quantize(
     skeleton = ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
     blocks = find_blocks(skeleton.model)
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
+    for conflict in fused_conflicts(
+        (f"{b.name}.{n}" for b in blocks for n in b.linears()), plan.schemes, config
+    ):
+        logger.warning(conflict)
     windows = None
     if any(s.method != "rtn" for s in plan.schemes.values()):
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
