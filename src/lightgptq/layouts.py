@@ -226,14 +226,15 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def expand_experts(
     model: nn.Module, converters: list[WeightConverter], wanted: set[str] | None = None
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Replace modules of fused experts by ExpertLinears on ``meta``.
 
     converters  of the model, for the linears' names
     wanted      paths of the modules to be replaced, default all
 
-    Returns the paths of modules that hold 3-D weights and were left as they are, because their layout is not known.
+    Returns the paths of those that were replaced, and of modules that hold 3-D weights in a layout that is not known.
     """
+    replaced: list[str] = []
     left: list[str] = []
     agreed: dict[type, bool] = {}
     for path, module in list(model.named_modules()):
@@ -244,11 +245,12 @@ def expand_experts(
                 agreed[type(module)] = computes_the_same(module)
             if agreed[type(module)]:
                 replace_module(model, path, ExpertLinears(module, expert_names(path, module, converters)))
+                replaced.append(path)
                 continue
         matrices = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
         if matrices and not isinstance(module, nn.modules.conv._ConvNd):
             left.append(path)
-    return left
+    return replaced, left
 
 
 def straighten_conv1d(model: nn.Module) -> None:
@@ -271,8 +273,3 @@ def stored_parts(model: nn.Module) -> Iterator[tuple[str, str, Part]]:
             for stored, parts in module.stored_parts().items():
                 for name, part in parts.items():
                     yield f"{path}.{stored}", f"{path}.{name}", part
-
-
-def expert_modules(model: nn.Module) -> list[ExpertLinears]:
-    """The expanded experts of a model."""
-    return [module for module in model.modules() if isinstance(module, ExpertLinears)]

@@ -108,6 +108,7 @@ class ModelSkeleton:
     dtype    floating-point parameters are cast to this when they are materialised
     device   and put here
     sources  parameter or persistent buffer name in the model -> where it lies in the checkpoint
+    experts  paths of the modules whose experts were made linears
     unknown  paths of modules that hold 3-D weights in a layout that is not known
     """
 
@@ -116,6 +117,7 @@ class ModelSkeleton:
     dtype: torch.dtype
     device: torch.device
     sources: dict[str, Source] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
     @classmethod
@@ -139,9 +141,9 @@ class ModelSkeleton:
         model = build_empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
         fill_buffers(model, device)
         straighten_conv1d(model)
-        unknown = expand_experts(model, NameMap(model).converters)
+        experts, unknown = expand_experts(model, NameMap(model).converters)
         sources = find_sources(model, reader.names())
-        skeleton = cls(model, reader, dtype, torch.device(device), sources, unknown)
+        skeleton = cls(model, reader, dtype, torch.device(device), sources, experts, unknown)
         skeleton._check_complete()
         return skeleton
 

@@ -104,6 +104,9 @@ def command(
         typer.Option(help="REGEX=bits:8,group_size:32 or REGEX=skip; repeatable, the first match decides."),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
+    moe_all_experts: Annotated[
+        bool, typer.Option("--moe-all-experts", help="Calibrate every expert with every token.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail when a module is not solved as asked.")
     ] = False,
@@ -137,6 +140,7 @@ def command(
             dtype=dtype.value,
             device=device,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
+            moe_all_experts=moe_all_experts,
             strict=strict,
             restart=restart,
             revision=revision,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightgptq.errors import UnsupportedModelError
+from lightgptq.layouts import ExpertLinears
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,30 @@ class DecoderBlock:
     module: nn.Module
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The block's linear layers by their name inside it."""
-        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        """The block's linear layers by their name inside it, without those that choose among experts."""
+        gates = _gates(self.module)
+        return {
+            name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear) and m not in gates
+        }
+
+
+def _gates(block: nn.Module) -> set[nn.Module]:
+    """Linears beside a list of experts with one output for each of them, or with a single one (a shared expert's gate).
+
+    They are small, and a wrong choice costs more than a rounded weight.
+    """
+    gates: set[nn.Module] = set()
+    for owner in block.modules():
+        for experts in owner.children():
+            if isinstance(experts, (ExpertLinears, nn.ModuleList)):
+                inside = set(experts.modules())
+                sizes = (1, sum(1 for _ in experts.children()))
+                gates |= {
+                    m
+                    for m in owner.modules()
+                    if isinstance(m, nn.Linear) and m not in inside and m.out_features in sizes
+                }
+    return gates
 
 
 def find_blocks(model: nn.Module) -> list[DecoderBlock]:

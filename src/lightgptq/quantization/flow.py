@@ -73,15 +73,23 @@ class CalibrationFlow:
                 following = self.folder.store(self.name, block.index, shapes, hidden.dtype)
             following.write(index, pattern.take(returned))
 
-        yield inputs, output
-        if keep:
-            assert pattern is not None
-            assert following is not None
-            following.sync()
-            self.folder.save_pattern(self.name, block.index, following, pattern)
-            if self.store is not None:
-                self.store.close()
-            self.store, self.walk.output = following, pattern
+        try:
+            yield inputs, output
+            if keep:
+                assert pattern is not None
+                assert following is not None
+                following.sync()
+                self.folder.save_pattern(self.name, block.index, following, pattern)
+                self.close()
+                self.store, self.walk.output = following, pattern
+        finally:
+            if following is not None and following is not self.store:
+                following.close()
+
+    def close(self) -> None:
+        """Close the file of what left the last block."""
+        if self.store is not None:
+            self.store.close()
 
     def leave(self) -> None:
         """Run the model from the output of its last block to its end, for every batch."""

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightgptq.quantization.pause import on_input
+from lightgptq.quantization.siblings import complete_siblings
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def discover_groups(linears: dict[str, nn.Linear], call: Callable[[], Any]) -> l
     """Run ``call`` once and see which linears receive the same tensor, in the order in which they are reached.
 
     Two inputs are the same when they are the same rows of the same memory in the same version: a transposed view, or a
-    tensor that was changed in place in between, is another input. Linears that the call never reaches come last, each
-    in a group of its own.
+    tensor that was changed in place in between, is another input. Linears that the call never reaches are grouped like
+    those of a numbered sibling that it reached (expert 5 like expert 3); without one they come last, each in a group of
+    its own.
     """
     keys: dict[tuple[Any, ...], list[str]] = {}
     live: dict[tuple[Any, ...], int] = {}
@@ -78,5 +80,9 @@ def discover_groups(linears: dict[str, nn.Linear], call: Callable[[], Any]) -> l
 
         with torch.no_grad(), on_input(linears, action):
             call()
-    groups = [LinearGroup(tuple(names), live[key]) for key, names in keys.items()]
-    return groups + [LinearGroup((name,)) for name in linears if name not in seen]
+    reached = [tuple(names) for names in keys.values()]
+    bytes_at = list(live.values())
+    completed = complete_siblings(reached, [name for name in linears if name not in seen])
+    groups = [LinearGroup(names, bytes_at[like]) for names, like in completed]
+    grouped = {name for group in groups for name in group.names}
+    return groups + [LinearGroup((name,)) for name in linears if name not in grouped]

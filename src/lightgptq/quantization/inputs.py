@@ -35,6 +35,16 @@ def choose_dtype(name: str, reader: CheckpointReader, device: torch.device) -> t
     return torch.float32 if common == torch.float16 and device.type == "cpu" else common
 
 
+def send_all_tokens_to_experts(skeleton: ModelSkeleton) -> None:
+    """Calibrate every expert with every token; raises UsageError when the model has no experts."""
+    if not skeleton.experts:
+        raise UsageError(
+            f"--moe-all-experts: {type(skeleton.model).__name__} has no experts in a layout that is known"
+        )
+    for path in skeleton.experts:
+        skeleton.model.get_submodule(path).all_tokens = True  # type: ignore[assignment]
+
+
 def calibration_windows(
     calibration: str | Text | CalibrationSet,
     skeleton: ModelSkeleton,

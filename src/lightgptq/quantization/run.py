@@ -29,7 +29,12 @@ from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
 from lightgptq.quantization.heap import give_back, large_tensors_mapped
 from lightgptq.quantization.history import remember
-from lightgptq.quantization.inputs import calibration_windows, choose_device, choose_dtype
+from lightgptq.quantization.inputs import (
+    calibration_windows,
+    choose_device,
+    choose_dtype,
+    send_all_tokens_to_experts,
+)
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
 from lightgptq.quantization.pause import on_input
 from lightgptq.quantization.plan import QuantPlan, parse_rules
@@ -61,6 +66,7 @@ def quantize(
     dtype: str = "auto",
     device: str = "auto",
     max_memory: int | None = None,
+    moe_all_experts: bool = False,
     strict: bool = False,
     restart: bool = False,
     revision: str | None = None,
@@ -83,6 +89,7 @@ def quantize(
                  CPU), "float32", "bfloat16" or "float16"
     device       "auto", "cpu", "cuda", "cuda:1", ...
     max_memory   bytes that the process (on a GPU: its allocations) should stay below; decides how activations are held
+    moe_all_experts  while calibrating every token goes to every expert, not only to those that its router chose
     strict       raise at the first module that could not be solved as asked
     restart      forget a half-finished or finished run at ``out``
 
@@ -105,7 +112,12 @@ def quantize(
     )
     compute = choose_dtype(dtype, reader, target)
     skeleton = ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
+    if moe_all_experts:
+        send_all_tokens_to_experts(skeleton)
     blocks = find_blocks(skeleton.model)
+    for path in skeleton.unknown:
+        note = f"{path} holds 3-D weights in a layout that is not known; they stay as they are"
+        listener(Progress(0, len(blocks), "read", note=note))
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
     for conflict in fused_conflicts(
         (f"{b.name}.{n}" for b in blocks for n in b.linears()), plan.schemes, config
@@ -124,6 +136,7 @@ def quantize(
         if any(s.mismatch > 0 and s.method == "gptq" for s in plan.schemes.values()):
             original = CalibrationFlow(skeleton, blocks, batches, "original")
     job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
+    job["moe_all_experts"] = moe_all_experts
     report = find_finished(out, job, restart=restart)
     if report is None:
         run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
@@ -193,7 +206,11 @@ class QuantizeRun:
         folder = WorkFolder(output.partial)
         journal = folder.journal(self.job)
         layout = self.plan.layout(self.skeleton)
-        with ShardWriter(output, layout.entries, max_shard_bytes=max_shard_bytes) as writer:
+        with ExitStack() as stack:
+            for flow in (self.flow, self.original):
+                if flow is not None:
+                    stack.callback(flow.close)
+            writer = stack.enter_context(ShardWriter(output, layout.entries, max_shard_bytes=max_shard_bytes))
             for record in (record for block in journal.done for record in block):
                 writer.mark_written(
                     spec.name for spec in self.plan.packed_entries(self.skeleton, record.name)
@@ -272,8 +289,25 @@ class QuantizeRun:
                 twins = {n: m for n, m in copied.named_modules() if n in linears and isinstance(m, nn.Linear)}
                 inputs, output = stack.enter_context(self.original.through(block))
                 original = Lane(copied, twins, inputs, output)
-            run = BlockPass(lane, groups, batches=batches, solve=solve, original=original)
+            run = BlockPass(
+                lane,
+                groups,
+                batches=batches,
+                solve=solve,
+                original=original,
+                independent=self._independent(block),
+                hessian_bytes=budget,
+            )
             run.run(replay=waiting > budget)
+        for group, tokens in run.late.items():
+            solver.note_late([f"{block.name}.{name}" for name in group.names], tokens)
+        order = {f"{block.name}.{name}": at for at, g in enumerate(groups) for name in g.names}
+        solver.records.sort(key=lambda record: order[record.name])  # replaying solves experts in waves
+
+    def _independent(self, block: DecoderBlock) -> set[str]:
+        """Paths inside the block of lists of experts."""
+        start = f"{block.name}."
+        return {f"{path.removeprefix(start)}." for path in self.skeleton.experts if path.startswith(start)}
 
     def _groups(self, block: DecoderBlock, linears: dict[str, nn.Linear]) -> list[LinearGroup]:
         """The block's groups; blocks of one class with the same linears share one probe."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -64,7 +65,7 @@ class GroupSolver:
         tokens = inputs.hessian.tokens if inputs.hessian is not None else 0
         problem = inputs.problem
         if needs_hessian and problem is None:
-            problem = _too_few(tokens, next(iter(linears.values())))
+            problem = self._too_few(tokens, linears)
         H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
         factors: dict[tuple[float, bool], HessianFactor] = {}
         for name, scheme in wanted.items():
@@ -82,6 +83,28 @@ class GroupSolver:
             quantized = _solve_one(name, W, scheme, H, factor)
             self._record(name, scheme, quantized, factor, tokens, energy, trouble)
             self._put(name, linears[name], quantized)
+
+    def _too_few(self, tokens: int, linears: dict[str, nn.Linear]) -> str | None:
+        name, module = next(iter(linears.items()))
+        inside_expert = any(name.startswith(f"{path}.") for path in self.skeleton.experts)
+        remedy = "; give more samples or --moe-all-experts" if inside_expert else ""
+        if tokens == 0:
+            return f"no calibration token reached it{remedy}"
+        if tokens < module.in_features:
+            few = f"{tokens} calibration tokens are fewer than its {module.in_features} inputs"
+            return f"{few}: its Hessian is incomplete{remedy}"
+        return None
+
+    def note_late(self, names: Collection[str], tokens: int) -> None:
+        """Report that ``tokens`` calibration tokens reached these linears only when they were quantized already."""
+        late = f"{tokens} calibration tokens came too late to count"
+        for i, record in enumerate(self.records):
+            if record.name in names:
+                self.records[i] = replace(
+                    record, problem=f"{record.problem}; {late}" if record.problem else late
+                )
+                if self.strict:
+                    raise _strict_error(self.records[i])
 
     def _weight(self, name: str, module: nn.Linear) -> Tensor:
         """The weight (out, in) in float32, from the source itself where the block holds a rounded copy."""
@@ -118,7 +141,7 @@ class GroupSolver:
         self.records.append(record)
         self.notify(record)
         if self.strict and problem is not None:
-            raise QuantizationError(f"{name}: {problem}; nothing was published because of --strict")
+            raise _strict_error(record)
 
     def _put(self, name: str, module: nn.Linear, quantized: QuantizedWeight) -> None:
         packed: PackedWeight = pack(quantized, self.plan.config.checkpoint_format)
@@ -126,6 +149,10 @@ class GroupSolver:
         for suffix, tensor in packed.tensors().items():
             self.sink.write(f"{out}.{suffix}", tensor)
         module.weight.data.copy_(quantized.dequantize())
+
+
+def _strict_error(record: ModuleRecord) -> QuantizationError:
+    return QuantizationError(f"{record.name}: {record.problem}; nothing was published because of --strict")
 
 
 def _solve_one(
@@ -139,14 +166,6 @@ def _solve_one(
         return gptq(W, factor, scheme, H=H if scheme.refine else None)
     except QuantizationError as error:
         raise QuantizationError(f"{name}: {error}") from error
-
-
-def _too_few(tokens: int, module: nn.Linear) -> str | None:
-    if tokens == 0:
-        return "no calibration token reached it"
-    if tokens < module.in_features:
-        return f"{tokens} calibration tokens are fewer than its {module.in_features} inputs: its Hessian is incomplete"
-    return None
 
 
 def _energy(W: Tensor, H: Tensor | None) -> float:
