@@ -153,14 +153,17 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights large enough that every layer matters, biases and norms away from their neutral values.
 
-    Matrices keep the size of what goes through them: an output is as large as an input, whichever dimension is summed.
+    Matrices keep the size of what goes through them: an output is about as large as an input.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim >= 2:
-                parameter.copy_(noise * 1.2 / min(parameter.shape[-2:]) ** 0.5)
+                parameter.copy_(noise * 0.8 / min(parameter.shape[-2:]) ** 0.5)
             else:
                 parameter.add_(noise * 0.1)
     return model.eval()
+
+
+BUILDERS = {**DENSE, **MIXTURES}
