@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -66,12 +67,8 @@ def _show(found: Comparison, worst: int) -> None:
         f"{found.original}: perplexity {_figure(found.perplexity, 3)} on {found.text}, {found.tokens} tokens"
     )
     console.print(intro, markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("checkpoint", "perplexity", "KL", "p95", "max", "top-1", "bits", "size", "time"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "checkpoint" else "right")
-    for checkpoint in found.checkpoints:
-        table.add_row(*_row(checkpoint))
-    console.print(table, markup=False, highlight=False)
+    console.print(_table(found, _DISTANCE), markup=False, highlight=False)
+    console.print(_table(found, _COST), markup=False, highlight=False)
     for difference in found.differences:
         line = f"KL {_figure(difference.kl, 5)}: {difference.verdict}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -87,20 +84,31 @@ def _show(found: Comparison, worst: int) -> None:
             )
 
 
-def _row(checkpoint: CheckpointFigures) -> list[str]:
-    return [
-        checkpoint.label,
-        _figure(checkpoint.perplexity, 3),
-        _figure(checkpoint.kl, 5),
-        f"{checkpoint.kl_p95:.4f}",
-        f"{checkpoint.kl_max:.3f}",
-        _figure(checkpoint.top1_agreement, 3),
-        f"{checkpoint.bits_per_weight:.2f}",
-        human_bytes(checkpoint.size_bytes),
-        "" if checkpoint.seconds is None else f"{checkpoint.seconds:.0f} s",
-    ]
+def _table(found: Comparison, columns: dict[str, Callable[[CheckpointFigures], str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("checkpoint", overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="right")
+    for checkpoint in found.checkpoints:
+        table.add_row(checkpoint.label, *(show(checkpoint) for show in columns.values()))
+    return table
 
 
 def _figure(interval: Interval, digits: int) -> str:
     half = max(interval.high - interval.value, interval.value - interval.low)
     return f"{interval.value:.{digits}f}±{half:.{digits}f}"
+
+
+# Two tables, so that each fits a terminal of 80 columns.
+_DISTANCE: dict[str, Callable[[CheckpointFigures], str]] = {
+    "KL": lambda c: _figure(c.kl, 5),
+    "p95": lambda c: f"{c.kl_p95:.4f}",
+    "max": lambda c: f"{c.kl_max:.3f}",
+    "top-1": lambda c: _figure(c.top1_agreement, 3),
+}
+_COST: dict[str, Callable[[CheckpointFigures], str]] = {
+    "perplexity": lambda c: _figure(c.perplexity, 3),
+    "bits per weight": lambda c: f"{c.bits_per_weight:.2f}",
+    "size": lambda c: human_bytes(c.size_bytes),
+    "time": lambda c: "" if c.seconds is None else f"{c.seconds:.0f} s",
+}
