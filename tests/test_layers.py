@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
         *("hf", "linear", "quantization"),
     },
+    "hub": {"errors", "core", "checkpoint", "quantization", "evaluation"},
 }
 OUTERMOST = {"cli", "__init__", "__main__"}  # may import everything but each other
 

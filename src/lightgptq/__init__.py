@@ -12,6 +12,8 @@ from lightgptq.errors import LightGPTQError
 from lightgptq.evaluation.comparison import Comparison, compare
 from lightgptq.evaluation.result import EvalResult, evaluate
 from lightgptq.hf import load
+from lightgptq.hub.card import model_card
+from lightgptq.hub.push import push_to_hub
 from lightgptq.linear import QuantLinear
 from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization.calibration import CalibrationSet
@@ -34,6 +36,8 @@ __all__ = [
     "export_gguf",
     "import_compressed_tensors",
     "load",
+    "model_card",
+    "push_to_hub",
     "quantize",
     "register",
     "unregister",

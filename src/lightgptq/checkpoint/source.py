@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     SafetensorsParsingError,
@@ -47,6 +46,14 @@ COMPANION_NAMES = (
     "vocab.txt",
 )
 LICENCE_NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+
+# What the hub's client raises for a request that failed or an answer that makes no sense. Its version 1 lets errors of
+# httpx through and 2 those of httpx's successor, which are no OSErrors; HfHubHTTPError derives from either.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    *(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError" and issubclass(c, Exception)),
+    OSError,
+    SafetensorsParsingError,
+)
 
 
 class FileSource(Protocol):
@@ -140,7 +147,7 @@ class HubRepo:
             raise CheckpointError(
                 f"{self.label}: neither a folder here nor a hub repository that you can read"
             ) from error
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        except CLIENT_ERRORS as error:
             raise CheckpointError(f"{self.label}: {name} could not be downloaded: {error}") from error
         self.commit = self.commit or _commit_of(path)
         return path
@@ -157,7 +164,7 @@ class HubRepo:
             return None
         try:
             found = huggingface_hub.parse_safetensors_file_metadata(self.repo_id, name, revision=revision)
-        except (HfHubHTTPError, SafetensorsParsingError, OSError) as error:
+        except CLIENT_ERRORS as error:
             raise CheckpointError(f"{self.label}: the header of {name} could not be read: {error}") from error
         return {
             tensor: parse_entry(f"{self.label}/{name}", tensor, vars(info), 0)

@@ -13,7 +13,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from lightgptq.cli import compare, evaluate, export, generate, info, quantize
+from lightgptq.cli import compare, evaluate, export, generate, info, push, quantize
 from lightgptq.errors import LightGPTQError, UsageError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("info")(info.command)
 app.command("export")(export.command)
+app.command("push")(push.command)
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from lightgptq.cli.output import human_bytes, show_fields, show_json
+from lightgptq.errors import UsageError
 from lightgptq.evaluation.result import evaluate
+from lightgptq.evaluation.saved import save_figures
 
 
 def command(
@@ -22,20 +25,25 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code.")
     ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the figures in MODEL's folder, for its card on the hub.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure MODEL on a text: perplexity and, with --reference, KL divergence and top-1 agreement."""
-    result = evaluate(
-        model,
-        text,
-        reference=reference,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    if save and not Path(model).is_dir():
+        raise UsageError(f"--save: {model} is no folder on this machine; download it first")
+    options: dict[str, Any] = {
+        "seq_len": seq_len,
+        "max_tokens": max_tokens,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    result = evaluate(model, text, reference=reference, revision=revision, **options)
+    if save:
+        original = None if reference is None else evaluate(reference, text, **options)
+        save_figures(model, text, result, original=original, seq_len=seq_len)
     if as_json:
         show_json(result.to_dict())
         return

@@ -1,0 +1,1 @@
+"""Checkpoints on the Hugging Face hub: the model card and the upload."""
