@@ -3,13 +3,24 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench wheel setup clean
+.PHONY: demo test test-all test-oldest lint bench wheel setup clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not slow"
+
+# The oldest Transformers that is supported, in a virtual environment of its own.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest tests/architectures tests/quantization/test_loading.py -m "not slow"
+
+.venv-oldest/ready: pyproject.toml native/CMakeLists.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet "$(TORCH)" "transformers==5.17.*"
+	.venv-oldest/bin/python -m pip install --quiet -e . pytest hypothesis
+	touch .venv-oldest/ready
 
 test-all: setup lint
 	$(BIN)/python -m pytest
@@ -39,4 +50,4 @@ setup: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv build dist src/lightgptq/_native
+	rm -rf .venv .venv-oldest build dist src/lightgptq/_native
