@@ -17,8 +17,14 @@ from lightgptq.core.gram_cpu import GRAM_DTYPES, add_gram_cpu
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 
+try:
+    from lightgptq.core.gram_triton import add_gram_triton
+except ImportError:  # Triton comes with PyTorch's GPU builds for Linux, and is of no use without a GPU
+    add_gram_triton = None  # type: ignore[assignment]
+
 PANEL = 512  # columns multiplied at a time: at 4096 inputs 9/16 of a full product
 INVERSE_BASE = 256  # triangles up to this size are inverted by one solve
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
 CHUNK_VALUES = 1 << 22  # activations converted to float32 at a time: 16 MiB
 LARGEST_DAMP = 1.0
 SMALLEST_DAMP = 1e-6  # where growing starts when damp is 0
@@ -28,8 +34,12 @@ def add_gram(H: Tensor, X: Tensor) -> None:
     """``H += X^T X`` in place on and above the diagonal; what is below becomes unspecified.
 
     H (in, in) float32, X (tokens, in) of any float dtype on H's device. On a CPU the native library takes
-    float32 and bfloat16 as they are; anything else is converted to float32 in bounded chunks.
+    float32 and bfloat16 as they are, on a GPU Triton's kernel bfloat16 and float16; anything else is converted to
+    float32 in bounded chunks.
     """
+    if H.is_cuda and X.dtype in SHORT_DTYPES and add_gram_triton is not None:
+        add_gram_triton(H, X)
+        return
     library = native.load() if H.device.type == "cpu" else None
     if library is not None and X.dtype in GRAM_DTYPES:
         add_gram_cpu(library, H, X.contiguous())
@@ -70,8 +80,7 @@ class HessianAccumulator:
     def add(self, X: Tensor) -> None:
         """Adds the tokens of ``X`` (..., in), any float dtype.
 
-        Raises QuantizationError when X has another width, or holds NaN, infinity or values whose squares
-        overflow.
+        Raises QuantizationError when X has another width, or, unless on a GPU, as `check` does.
         """
         in_features = self.H.shape[0]
         if X.dim() == 0 or X.shape[-1] != in_features:
@@ -79,11 +88,18 @@ class HessianAccumulator:
         X = X.detach().reshape(-1, in_features)
         add_gram(self.H, X.to(self.H.device))
         self.tokens += X.shape[0]
-        # A sum of squares is finite only if every value was: O(in) instead of another pass over X.
+        if not self.H.is_cuda:  # there the question would wait for the product: it is asked once, by `check`
+            self.check()
+
+    def check(self) -> None:
+        """Raises QuantizationError when a value that was added is NaN, infinite or too large to be squared.
+
+        A sum of squares is finite only if every value was: O(in) instead of another pass over the activations.
+        """
         bad = int((~torch.isfinite(self.H.diagonal())).sum())
         if bad:
             raise QuantizationError(
-                f"{bad} of {in_features} input features have NaN, infinite or too large activations; "
+                f"{bad} of {self.H.shape[0]} input features have NaN, infinite or too large activations; "
                 "check the model's dtype and the calibration text"
             )
 

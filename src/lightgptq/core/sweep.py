@@ -14,13 +14,18 @@ from lightgptq import native
 from lightgptq.core.grid import Grid
 from lightgptq.core.sweep_cpu import sweep_cpu
 
+try:
+    from lightgptq.core.sweep_triton import sweep_triton
+except ImportError:  # Triton comes with PyTorch's GPU builds for Linux, and is of no use without a GPU
+    sweep_triton = None  # type: ignore[assignment]
+
 
 def sweep(
     W: Tensor, U: Tensor, grid: Grid, g_idx: Tensor, max_code: int, block_size: int = 128
 ) -> tuple[Tensor, Tensor]:
     """Solves all columns on a fixed grid, in the order in which they are given.
 
-    On a CPU the native library does it, in blocks of its own; elsewhere a loop over columns.
+    On a CPU the native library does it, in blocks of its own, on a GPU Triton's kernels; elsewhere a loop over columns.
 
     W           float32 (out, in), columns in solving order, not modified
     U           float32 (in, in), upper, rows and columns in solving order
@@ -31,6 +36,8 @@ def sweep(
 
     Returns codes uint8 (out, in) and the loss per row ``|e|^2`` float32 (out,), both in solving order.
     """
+    if W.is_cuda and sweep_triton is not None:
+        return sweep_triton(W, U, grid, g_idx, max_code, block_size)
     library = native.load() if W.device.type == "cpu" and W.dtype == torch.float32 else None
     if library is not None:
         return sweep_cpu(library, W.contiguous(), U.contiguous(), grid, g_idx, max_code)

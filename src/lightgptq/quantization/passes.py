@@ -257,6 +257,11 @@ class _Gathered:
 
     def finish(self) -> GroupInputs:
         """The sums, or why there are none."""
+        if self._hessian is not None and self._problem is None:
+            try:
+                self._hessian.check()
+            except QuantizationError as error:
+                self._problem = str(error)
         if self._problem is not None:
             return GroupInputs(problem=self._problem)
         return GroupInputs(self._hessian, self._mismatch)

@@ -1,0 +1,110 @@
+"""The Triton sweep and Hessian agree with the float64 oracles: on the GPU if there is one, else interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.core.test_sweep_cpu import problem, rounding_tolerance, solved
+from tests.oracles import correlated_problem, sweep_columns
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from tests.core.triton_runs import BATCH, GRAMS, SWEEPS, activations, batch_problem, run
+
+from lightgptq.core.grid import Grid
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.solver import gptq
+from lightgptq.core.sweep_triton import sweep_triton
+from lightgptq.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def results(which: str, folder: Path) -> dict[Any, Any]:
+    if torch.cuda.is_available():
+        return run(which, "cuda")
+    command = [sys.executable, "-m", "tests.core.triton_runs", str(folder / "results.pt"), which]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    return results("quick", tmp_path_factory.mktemp("triton"))
+
+
+def assert_solved(found: tuple[Tensor, Tensor], oracle: tuple[Tensor, Tensor, Tensor], bits: int) -> None:
+    """Same codes and loss, row by row; a row may differ after a value that lay on a rounding boundary."""
+    (codes, loss), (expected, errors, margin) = found, oracle
+    tolerance = rounding_tolerance(codes.shape[1], 2**bits - 1)
+    different = (codes.double() != expected).any(dim=1)
+    unexplained = different & ~(margin < tolerance).any(dim=1)
+    assert not unexplained.any(), f"rows {torch.nonzero(unexplained).flatten().tolist()} differ"
+    assert int(different.sum()) <= max(1, 0.03 * len(codes))
+    want = errors.square().sum(dim=1)[~different]
+    torch.testing.assert_close(loss.double()[~different], want, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", SWEEPS["quick"], ids=str)
+def test_codes_and_loss_match_the_oracle(quick: dict[Any, Any], case: tuple[int, int, int, int]) -> None:
+    assert_solved(quick[case], solved(*case[:3]), case[2])
+
+
+@pytest.mark.slow
+def test_codes_and_loss_match_the_oracle_at_all_sizes(tmp_path: Path) -> None:
+    found = results("thorough", tmp_path)
+    for case in SWEEPS["thorough"]:
+        assert_solved(found[case], solved(*case[:3]), case[2])
+
+
+def test_a_batch_of_weights_with_factors_of_their_own_is_solved_one_by_one(quick: dict[Any, Any]) -> None:
+    W, U, grid, g_idx = batch_problem()
+    codes, loss = quick["batch"]
+    for i in range(len(BATCH)):
+        oracle = sweep_columns(W[i], U[i], grid.scales[i], grid.zeros[i], g_idx[i], 15)
+        assert_solved((codes[i], loss[i]), oracle, 4)
+
+
+def test_ties_round_to_even_and_huge_values_are_cut(quick: dict[Any, Any]) -> None:
+    assert quick["ties"][0].tolist() == [[2, 2, 4, 4, 6, 6, 15]]
+
+
+@pytest.mark.parametrize("case", GRAMS, ids=str)
+def test_hessian_of_16_bit_activations_is_within_the_documented_error(
+    quick: dict[Any, Any], case: tuple[str, int, int]
+) -> None:
+    X = activations(*case).double()
+    exact, magnitude = (X.t() @ X).triu(), (X.abs().t() @ X.abs()).triu()
+    assert ((quick[case].double() - exact).abs() <= (len(X) + 1) * 2.0**-23 * magnitude).all()
+
+
+def test_shapes_that_contradict_each_other_are_refused() -> None:
+    W, U, grid, g_idx = problem(5, 3, 2)
+    with pytest.raises(UsageError, match="g_idx"):
+        sweep_triton(W, U, grid, g_idx[:2], 3)
+    with pytest.raises(UsageError, match="float32"):
+        sweep_triton(W.double(), U, grid, g_idx, 3)
+    with pytest.raises(UsageError, match="scales"):
+        sweep_triton(W, U, Grid(grid.scales[:, :2], grid.zeros), g_idx, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("static", [True, False])
+def test_a_gpu_and_a_cpu_quantize_alike(static: bool) -> None:
+    """Rounding differs, so a row in a hundred may take another path; the loss tells whether it is as good."""
+    W, H = correlated_problem(200, 300, seed=1)
+    scheme = QuantScheme(group_size=64, static_groups=static)
+    here = gptq(W, HessianFactor.build(H, scheme), scheme, H=H)
+    there = gptq(W.cuda(), HessianFactor.build(H.cuda(), scheme), scheme, H=H.cuda())
+    assert float((here.codes != there.codes.cpu()).any(dim=1).float().mean()) < 0.1
+    assert abs(here.loss / there.loss - 1) < 0.01

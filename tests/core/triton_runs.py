@@ -1,0 +1,101 @@
+"""Runs the solver's Triton kernels and saves what they give.
+
+    TRITON_INTERPRET=1 python -m tests.core.triton_runs results.pt [quick|thorough]
+
+The tests start it as a process of its own, since Triton decides when it is imported whether it interprets; on a
+machine with a GPU they call ``run`` directly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.core.test_sweep_cpu import problem
+from tests.ops.triton_cases import give_bfloat16_arithmetic
+from tests.oracles import correlated_problem
+from torch import Tensor
+
+from lightgptq.core.gram_triton import add_gram_triton
+from lightgptq.core.grid import Grid
+from lightgptq.core.sweep_triton import sweep_triton
+
+# (out, in, bits, columns per block): one row; ragged parts (32 columns), blocks and programs (32 rows); several of each.
+SWEEPS = {
+    "quick": [
+        *[
+            (1, 1, 4, 128),
+            (5, 3, 2, 128),
+            (33, 13, 3, 128),
+            (17, 97, 4, 128),
+            (17, 97, 8, 128),
+            (9, 193, 4, 64),
+        ],
+        *[(40, 172, 4, 128), (40, 172, 3, 64)],
+    ],
+    "thorough": [
+        (out_features, in_features, bits, block)
+        for (out_features, in_features), bits, block in itertools.product(
+            [(1, 1), (33, 13), (70, 172), (32, 192), (9, 193), (100, 400)], (2, 3, 4, 8), (32, 64, 128)
+        )
+    ],
+}
+BATCH = ((12, 40, 3), (12, 40, 4))  # problems of one shape with other weights, factors, groups and grids
+GRAMS = [("bfloat16", 70, 150), ("float16", 200, 40), ("bfloat16", 3, 5)]  # dtype, tokens, in
+
+
+def activations(dtype: str, tokens: int, in_features: int) -> Tensor:
+    """X (tokens, in) with features of very different size."""
+    generator = torch.Generator().manual_seed(tokens)
+    X = torch.randn(tokens, in_features, generator=generator) * torch.logspace(-2, 1, in_features)
+    return X.to(getattr(torch, dtype))
+
+
+def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
+    """Two problems stacked: W (2, out, in), U (2, in, in), grid (2, groups, out), g_idx (2, in)."""
+    parts = [problem(*shape) for shape in BATCH]
+    parts[1] = (correlated_problem(*BATCH[1][:2], seed=7)[0], *parts[1][1:])
+    W, U, grids, groups = zip(*parts, strict=True)
+    grid = Grid(torch.stack([g.scales for g in grids]), torch.stack([g.zeros for g in grids]))
+    return torch.stack(W), torch.stack(U), grid, torch.stack(groups)
+
+
+def run(which: str, device: str) -> dict[Any, Any]:
+    """Codes and losses of every sweep, upper triangles of every Hessian."""
+    results: dict[Any, Any] = {}
+
+    def solve(W: Tensor, U: Tensor, grid: Grid, g_idx: Tensor, max_code: int, block: int = 128) -> Any:
+        moved = Grid(grid.scales.to(device), grid.zeros.to(device))
+        before = W.to(device)
+        given = before.clone()
+        codes, loss = sweep_triton(given, U.to(device), moved, g_idx.to(device), max_code, block)
+        assert torch.equal(given, before), "the weight was changed"
+        return codes.cpu(), loss.cpu()
+
+    for case in SWEEPS[which]:
+        results[case] = solve(*problem(*case[:3]), 2 ** case[2] - 1, case[3])
+    results["batch"] = solve(*batch_problem(), 15)
+    ties = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e30]]) * 0.25
+    grid = Grid(torch.full((1, 1), 0.25), torch.full((1, 1), 4, dtype=torch.int32))
+    results["ties"] = solve(ties, torch.eye(7), grid, torch.zeros(7, dtype=torch.int32), 15)
+    for dtype, tokens, in_features in GRAMS:
+        X, H = activations(dtype, tokens, in_features).to(device), torch.zeros(in_features, in_features)
+        H = H.to(device)
+        for chunk in X.split(64):
+            add_gram_triton(H, chunk)
+        results[dtype, tokens, in_features] = H.cpu().triu()
+    return results
+
+
+def main() -> None:
+    """Results to the file that is named."""
+    give_bfloat16_arithmetic()
+    torch.set_num_threads(1)
+    torch.save(run(sys.argv[2], "cpu"), Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
