@@ -41,6 +41,9 @@ ALLOWED: dict[str, set[str]] = {
         *("hf", "linear", "quantization"),
     },
     "hub": {"errors", "core", "checkpoint", "quantization", "evaluation"},
+    "autogptq": {
+        *("errors", "core", "checkpoint", "companions", "hf", "hub", "once", "quantization", "version"),
+    },
 }
 OUTERMOST = {"cli", "__init__", "__main__"}  # may import everything but each other
 

@@ -46,6 +46,7 @@ def push_to_hub(
     license: str | None = None,
     figures: Sequence[SavedFigures] | None = None,
     rewrite_card: bool = False,
+    commit_message: str = "GPTQ checkpoint by lightgptq",
     dry_run: bool = False,
     endpoint: str | None = None,
 ) -> PushResult:
@@ -85,7 +86,7 @@ def push_to_hub(
             repo_id=name,
             folder_path=folder,
             revision=revision,
-            commit_message="GPTQ checkpoint by lightgptq",
+            commit_message=commit_message,
             ignore_patterns=list(NOT_UPLOADED),
         )
     return PushResult(card, new_card, str(commit.commit_url))
