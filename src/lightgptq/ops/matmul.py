@@ -6,6 +6,7 @@ constant: the gradient goes to x and bias only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,16 @@ from torch import Tensor
 from lightgptq.checkpoint.packing import PackedWeight
 from lightgptq.errors import UsageError
 from lightgptq.ops import cpu, reference
-from lightgptq.ops.weight import STANDARD_LAYOUTS, PreparedWeight
+from lightgptq.ops.weight import STANDARD_LAYOUTS, TRITON_LAYOUT, PreparedWeight
+
+try:
+    from lightgptq.ops import triton_gpu, triton_layout
+
+    HAS_TRITON = True
+except ModuleNotFoundError:  # Triton comes with torch's builds for GPUs, on Linux
+    HAS_TRITON = False
+
+logger = logging.getLogger(__name__)
 
 MODES = ("exact", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +48,15 @@ def prepare(packed: PackedWeight, bits: int, checkpoint_format: str) -> Prepared
     checkpoint_format  "gptq" or "gptq_v2"
     Returns a weight for ``quant_matmul``; without a kernel for the device, the checkpoint's own tensors.
     """
-    if packed.qweight.device.type == "cpu" and cpu.available():
+    device = packed.qweight.device
+    if device.type == "cpu" and cpu.available():
         return cpu.prepare(packed, bits, checkpoint_format)
+    if device.type == "cuda":
+        prepared = triton_layout.to_triton(packed, bits, checkpoint_format) if HAS_TRITON else None
+        if prepared is not None:
+            return prepared
+        reason = "its groups differ too much in size" if HAS_TRITON else "Triton is not installed"
+        logger.warning("a quantized linear runs on the slow torch reference on %s: %s", device, reason)
     return PreparedWeight.standard(packed, bits, checkpoint_format)
 
 
@@ -47,6 +64,8 @@ def restore(weight: PreparedWeight, checkpoint_format: str) -> PackedWeight:
     """The checkpoint's tensors of a prepared weight, bit for bit: the inverse of ``prepare``."""
     if weight.layout in STANDARD_LAYOUTS:
         return PackedWeight(*weight.tensors)
+    if weight.layout.startswith(TRITON_LAYOUT):
+        return triton_layout.from_triton(weight, checkpoint_format)
     return cpu.restore(weight.tensors[0], checkpoint_format)
 
 
@@ -110,6 +129,8 @@ def _quant_matmul(
 ) -> Tensor:
     if layout in STANDARD_LAYOUTS:
         return reference.matmul(x, weight, bias, layout, bits, out_features)
+    if layout.startswith(TRITON_LAYOUT):
+        return triton_gpu.matmul(x, weight, bias, layout, bits, in_features, out_features)
     return cpu.matmul(x, weight[0], bias, out_features, mode)
 
 
@@ -118,6 +139,8 @@ def _dequantize(
 ) -> Tensor:
     if layout in STANDARD_LAYOUTS:
         return reference.dequantize(weight, layout, bits, in_features, out_features, dtype)
+    if layout.startswith(TRITON_LAYOUT):
+        return triton_gpu.dequantize(weight, layout, bits, in_features, out_features, dtype)
     return cpu.dequantize(weight[0], in_features, out_features, dtype)
 
 

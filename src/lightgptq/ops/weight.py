@@ -9,6 +9,7 @@ from torch import Tensor
 from lightgptq.checkpoint.packing import PackedWeight
 
 STANDARD_LAYOUTS = ("gptq", "gptq_v2")
+TRITON_LAYOUT = "triton"
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class PreparedWeight:
     """A quantized weight as ``quant_matmul`` takes it.
 
     tensors  layout "gptq" or "gptq_v2": qweight, qzeros, scales and g_idx as in the checkpoint (the torch
-             reference reads them); any other layout: one flat uint8 tensor that only its backend understands
-    layout   "gptq", "gptq_v2", "native" (the C++ library)
+             reference reads them); "native" and "triton": what only that backend understands
+    layout   "gptq", "gptq_v2", "native" (the C++ library) or "triton:N" (`triton_layout`, groups of N slices)
     bits     2, 3, 4 or 8
     """
 
