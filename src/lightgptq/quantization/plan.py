@@ -132,6 +132,7 @@ class QuantPlan:
         for parameter, source in skeleton.sources.items():
             for name in source.names:
                 users.setdefault(name, []).append(parameter)
+        taken_apart = {module.rsplit(".", 2)[0] for module in self.schemes} & set(skeleton.experts)
         begun: set[str] = set()
         for name in reader.names():
             rest = [user for user in users.get(name, []) if user not in packed]
@@ -139,7 +140,10 @@ class QuantPlan:
                 if user in packed and user not in begun:
                     begun.add(user)
                     self._add_packed(layout, skeleton, packed[user], user)
-            if len(rest) == len(users.get(name, [])) or any(skeleton.sources[u].whole for u in rest):
+            fused = any(skeleton.sources[u].part.index is not None for u in rest)
+            apart = fused and rest[0].rsplit(".", 3)[0] in taken_apart
+            alone = len(rest) == len(users.get(name, [])) and not apart
+            if alone or any(skeleton.sources[u].whole for u in rest):
                 # A tied weight is packed in the head and kept in the embedding.
                 output = output_name(skeleton, name)
                 layout.copies[output] = name
@@ -159,7 +163,10 @@ class QuantPlan:
             layout.entries.append(TensorSpec(name, torch.float16, source.shape(skeleton.reader)))
 
     def _add_rest(self, layout: Layout, skeleton: ModelSkeleton, parameters: list[str]) -> None:
-        """What is not quantized of a tensor that holds several weights is written as weights of its own."""
+        """What is not quantized of a tensor that holds several weights is written as weights of its own.
+
+        So is a tensor of all experts when another matrix of theirs is quantized: readers expect one kind of names.
+        """
         for parameter in parameters:
             source = skeleton.sources[parameter]
             layout.parts[parameter] = source
