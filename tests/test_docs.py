@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import lightgptq
 from lightgptq.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -26,14 +27,25 @@ def command_lines(page: Path) -> list[str]:
     return [line.strip() for line in page.read_text().splitlines() if re.match(r" {4,}lightgptq [a-z]", line)]
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For examples that only read one."""
+    out = tmp_path_factory.mktemp("docs") / "checkpoint"
+    lightgptq.quantize(MODEL, out, lightgptq.QuantScheme(method="rtn"))
+    return out
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
-def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_examples_run(
+    page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A short text, so that the example is quick. " * 200)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for code in blocks(page):
         code = code.replace("path/to/model", str(MODEL)).replace('"pydoc"', repr(str(text)))
+        code = code.replace("path/to/checkpoint", str(checkpoint))
         exec(compile(code, str(page), "exec"), namespace)
 
 
