@@ -23,7 +23,7 @@ from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
 from lightgptq.core.sweep_triton import sweep_triton
 
-# (out, in, bits, columns per block): one row; ragged parts (32 columns), blocks and programs (32 rows); several of each.
+# (out, in, bits, columns per block): one row; ragged parts (32 columns), blocks and programs (32 rows); more.
 SWEEPS = {
     "quick": [
         *[

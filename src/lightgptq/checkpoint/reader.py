@@ -100,6 +100,10 @@ class CheckpointReader:
         """A tensor in memory of its own, which the caller may change."""
         return self._file_of(name).read(name)
 
+    def will_need(self, name: str) -> None:
+        """Ask the operating system to read a tensor's bytes into its cache; takes no memory of the process."""
+        self._file_of(name).will_need(name)
+
     def mapped(self, name: str) -> Tensor:
         """A memory-mapped tensor, for looking up few rows of a large one; do not write to it."""
         return self._file_of(name).mapped(name)

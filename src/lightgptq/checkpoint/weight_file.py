@@ -40,6 +40,8 @@ class WeightFile(Protocol):
 
     def mapped(self, name: str) -> Tensor: ...
 
+    def will_need(self, name: str) -> None: ...
+
     def stream(self, name: str, chunk_bytes: int) -> Iterator[bytes]: ...
 
     def fingerprint(self) -> dict[str, Any]: ...
@@ -74,6 +76,13 @@ class SafetensorsFile:
                     self._check_progress(count, name)
                     position += count
         return tensor
+
+    def will_need(self, name: str) -> None:
+        """Have the tensor's bytes read into the operating system's cache where that can be asked for."""
+        entry = self.entries[name]
+        if hasattr(os, "posix_fadvise"):
+            with self._open() as file:
+                os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
     def mapped(self, name: str) -> Tensor:
         """A tensor backed by the file, for reading few rows of a large one; writing to it changes no file.
@@ -134,6 +143,9 @@ class TorchFile:
     def read(self, name: str) -> Tensor:
         """A contiguous tensor in memory of its own."""
         return self._load()[name].clone(memory_format=torch.contiguous_format)
+
+    def will_need(self, name: str) -> None:
+        """Nothing: where a tensor lies in the zip is known only after mapping the whole file."""
 
     def mapped(self, name: str) -> Tensor:
         """A tensor backed by the file; the mapping lives as long as the tensor."""

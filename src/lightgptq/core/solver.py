@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,31 @@ def gptq(
     Raises QuantizationError when W is not finite, shapes contradict each other, a scale is beyond
     float16 or H is missing.
     """
-    check_weight(W)
-    W = W.float()
-    if factor.in_features != W.shape[1]:
-        raise QuantizationError(f"H is for {factor.in_features} inputs, the weight has {W.shape[1]}")
+    return gptq_stacked([W], factor, scheme, H=H, grid=grid, block_size=block_size)[0]
+
+
+def gptq_stacked(
+    weights: Sequence[Tensor],
+    factor: HessianFactor,
+    scheme: QuantScheme,
+    *,
+    H: Tensor | None = None,
+    grid: Grid | None = None,
+    block_size: int = 128,
+) -> list[QuantizedWeight]:
+    """Quantizes linears that share an input and a scheme (q, k and v; gate and up) as the rows of one weight.
+
+    Rows do not see each other, so the codes are those of `gptq` for each, up to rounding in the products; a GPU solves
+    many rows in the time of few.
+
+    weights  float (out_i, in) each, not modified
+    grid     of all rows together; the other arguments and errors are those of `gptq`
+    """
+    for W in weights:
+        check_weight(W)
+        if factor.in_features != W.shape[1]:
+            raise QuantizationError(f"H is for {factor.in_features} inputs, the weight has {W.shape[1]}")
+    W = weights[0].float() if len(weights) == 1 else torch.cat([part.float() for part in weights])
     if scheme.static_groups:
         if grid is None:
             grid = fit_grid(W, scheme, factor.importance())
@@ -59,9 +82,15 @@ def gptq(
         if H is None:
             raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
         codes, grid = refine(W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge)
-    D = W - dequantize_codes(codes, grid, g_idx)
-    loss = _undamped_loss(D, row_loss, factor) if H is None else quadratic_loss(D, H)
-    return QuantizedWeight(codes, grid.scales.half(), grid.zeros, g_idx, scheme.bits, loss)
+    results, start = [], 0
+    for part in weights:
+        rows = slice(start, start + part.shape[0])
+        start = rows.stop
+        own = Grid(grid.scales[:, rows].contiguous(), grid.zeros[:, rows].contiguous())
+        D = W[rows] - dequantize_codes(codes[rows], own, g_idx)
+        loss = _undamped_loss(D, row_loss[rows], factor) if H is None else quadratic_loss(D, H)
+        results.append(QuantizedWeight(codes[rows], own.scales.half(), own.zeros, g_idx, scheme.bits, loss))
+    return results
 
 
 def _undamped_loss(D: Tensor, row_loss: Tensor, factor: HessianFactor) -> float:

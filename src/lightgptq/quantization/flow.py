@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightgptq.quantization.activations import ActivationStore
 from lightgptq.quantization.blocks import BlockInput, BlockOutput, BlockWalk, DecoderBlock
+from lightgptq.quantization.timing import stage
 from lightgptq.quantization.workfolder import WorkFolder
 from lightgptq.skeleton import ModelSkeleton
 
@@ -34,6 +35,10 @@ class CalibrationFlow:
         self.walk = BlockWalk(skeleton.model, blocks)
         self.folder: WorkFolder | None = None
         self.store: ActivationStore | None = None  # what left the last finished block
+        self.device_bytes = self.host_bytes = (
+            0  # what may be kept of the next block's outputs, see ActivationStore
+        )
+        self.once = False  # each batch enters the block once: its input need not be kept meanwhile
 
     def begin(self, folder: WorkFolder, last: int) -> None:
         """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
@@ -45,7 +50,8 @@ class CalibrationFlow:
     def through(self, block: DecoderBlock, *, keep: bool = True) -> Iterator[Ways]:
         """Functions for one pass through ``block``: batch index -> arguments, and (batch index, output) -> None.
 
-        When the context ends, the outputs are on disk and the next block can be entered; not so with ``keep`` False.
+        When the context ends, the outputs are on their way to the disk and the next block can be entered; not so with
+        ``keep`` False.
         """
         assert self.folder is not None
         first: BlockInput | None = None
@@ -54,7 +60,7 @@ class CalibrationFlow:
 
         def inputs(index: int) -> BlockInput:
             nonlocal first
-            entered = self.walk.enter(block.index, self._ids(index), self._hidden(index))
+            entered = self.walk.enter(block.index, self._ids(index), self._hidden(index, keep))
             if first is None:
                 first = BlockInput(entered.args, entered.kwargs)
             else:
@@ -71,6 +77,9 @@ class CalibrationFlow:
                 pattern = BlockOutput.of(returned, shapes[index])
                 hidden = pattern.take(returned)
                 following = self.folder.store(self.name, block.index, shapes, hidden.dtype)
+                following.device_bytes, following.host_bytes = self.device_bytes, self.host_bytes
+            if self.store is not None:
+                following.device_bytes += self.store.drop(index)
             following.write(index, pattern.take(returned))
 
         try:
@@ -78,13 +87,26 @@ class CalibrationFlow:
             if keep:
                 assert pattern is not None
                 assert following is not None
-                following.sync()
-                self.folder.save_pattern(self.name, block.index, following, pattern)
-                self.close()
+                self.folder.writeback.submit(self._finishing(block.index, following, pattern, self.store))
                 self.store, self.walk.output = following, pattern
         finally:
             if following is not None and following is not self.store:
                 following.close()
+
+    def _finishing(
+        self, block: int, following: ActivationStore, pattern: BlockOutput, former: ActivationStore | None
+    ) -> Callable[[], None]:
+        assert self.folder is not None
+        folder = self.folder
+
+        def task() -> None:
+            with stage("write"):
+                following.sync()
+                folder.save_pattern(self.name, block, following, pattern)
+            if former is not None:
+                former.close()
+
+        return task
 
     def close(self) -> None:
         """Close the file of what left the last block."""
@@ -94,12 +116,14 @@ class CalibrationFlow:
     def leave(self) -> None:
         """Run the model from the output of its last block to its end, for every batch."""
         for index in range(len(self.batches)):
-            hidden = self._hidden(index)
+            hidden = self._hidden(index, False)
             assert hidden is not None
             self.walk.leave(self._ids(index), hidden)
 
     def _ids(self, index: int) -> Tensor:
         return self.batches[index].to(self.skeleton.device)
 
-    def _hidden(self, index: int) -> Tensor | None:
-        return None if self.store is None else self.store.read(index, self.skeleton.device)
+    def _hidden(self, index: int, passing: bool) -> Tensor | None:
+        if self.store is None:
+            return None
+        return self.store.read(index, self.skeleton.device, once=passing and self.once)

@@ -30,6 +30,7 @@ from lightgptq.quantization.blocks import BlockInput
 from lightgptq.quantization.groups import LinearGroup
 from lightgptq.quantization.pause import PausableForward, on_input, pause
 from lightgptq.quantization.siblings import waves
+from lightgptq.quantization.timing import stage
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class BlockPass:
 
     def _advance(self, traveller: _Traveller) -> None:
         self._running = traveller
-        traveller.go_on()
+        with stage("forward"):
+            traveller.go_on()
 
     def _pair(self, index: int, *, keep: bool = True) -> tuple[_Traveller, _Traveller | None]:
         twin = _Traveller(self.original, index, keep=keep) if self.original else None
@@ -247,11 +249,12 @@ class _Gathered:
         if self._problem is not None:
             return
         try:
-            self._hessian = self._hessian or HessianAccumulator(x.shape[-1], x.device)
-            self._hessian.add(x)
-            if theirs is not None and theirs.shape == x.shape and x.shape[:-1].numel() >= tokens:
-                self._mismatch = self._mismatch or MismatchAccumulator(x.shape[-1], x.device)
-                self._mismatch.add(theirs, x)
+            with stage("hessian"):
+                self._hessian = self._hessian or HessianAccumulator(x.shape[-1], x.device)
+                self._hessian.add(x)
+                if theirs is not None and theirs.shape == x.shape and x.shape[:-1].numel() >= tokens:
+                    self._mismatch = self._mismatch or MismatchAccumulator(x.shape[-1], x.device)
+                    self._mismatch.add(theirs, x)
         except QuantizationError as error:
             self._problem = str(error)
 

@@ -10,18 +10,22 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightgptq.checkpoint.packing import PackedWeight, pack
+from lightgptq.checkpoint.packing import pack
+from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import corrected_target
 from lightgptq.core.obq import obq
 from lightgptq.core.rtn import rtn
 from lightgptq.core.scheme import QuantScheme
-from lightgptq.core.solver import gptq
+from lightgptq.core.solver import gptq_stacked
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import QuantizationError
 from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.plan import QuantPlan, packed_name
 from lightgptq.quantization.report import ModuleRecord
+from lightgptq.quantization.timing import stage
+from lightgptq.quantization.transfer import host_copy
+from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 ENERGY_ROWS = 256
@@ -39,6 +43,7 @@ class GroupSolver:
     sink    takes the packed tensors
     strict  raise QuantizationError at the first module that is not solved as asked
     notify  called with each record as it is made
+    writeback  where linears are packed and written
     """
 
     def __init__(
@@ -49,8 +54,9 @@ class GroupSolver:
         *,
         strict: bool = False,
         notify: Callable[[ModuleRecord], None] = lambda record: None,
+        writeback: WriteBack = AT_ONCE,
     ) -> None:
-        self.skeleton, self.plan, self.sink = skeleton, plan, sink
+        self.skeleton, self.plan, self.sink, self.writeback = skeleton, plan, sink, writeback
         self.strict, self.notify = strict, notify
         self.records: list[ModuleRecord] = []
 
@@ -66,23 +72,28 @@ class GroupSolver:
         problem = inputs.problem
         if needs_hessian and problem is None:
             problem = self._too_few(tokens, linears)
-        H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
+        with stage("hessian"):
+            H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
         factors: dict[tuple[float, bool], HessianFactor] = {}
-        for name, scheme in wanted.items():
-            W = self._weight(name, linears[name])
-            factor, trouble = None, problem
+        for names in _together(linears, wanted):
+            scheme, trouble = wanted[names[0]], problem
+            factor: HessianFactor | None = None
+            weights = [self._weight(name, linears[name]) for name in names]
             if scheme.method != "rtn" and H is not None:
                 key = (scheme.damp, scheme.act_order)
                 try:
-                    factor = factors[key] = factors.get(key) or HessianFactor.build(H, scheme)
+                    with stage("factor"):
+                        factor = factors[key] = factors.get(key) or HessianFactor.build(H, scheme)
                 except QuantizationError as error:
                     trouble = str(error)
-            energy = _energy(W, H)
+            energies = [_energy(W, H) for W in weights]
             if factor is not None and inputs.mismatch is not None and scheme.mismatch > 0:
-                W = corrected_target(W, inputs.mismatch.finish(), factor, scheme.mismatch)
-            quantized = _solve_one(name, W, scheme, H, factor)
-            self._record(name, scheme, quantized, factor, tokens, energy, trouble)
-            self._put(name, linears[name], quantized)
+                M = inputs.mismatch.finish()
+                weights = [corrected_target(W, M, factor, scheme.mismatch) for W in weights]
+            solved = _solve(names, weights, scheme, H, factor)
+            for name, quantized, energy in zip(names, solved, energies, strict=True):
+                self._record(name, scheme, quantized, factor, tokens, energy, trouble)
+                self._put(name, linears[name], quantized)
 
     def _too_few(self, tokens: int, linears: dict[str, nn.Linear]) -> str | None:
         name, module = next(iter(linears.items()))
@@ -144,28 +155,61 @@ class GroupSolver:
             raise _strict_error(record)
 
     def _put(self, name: str, module: nn.Linear, quantized: QuantizedWeight) -> None:
-        packed: PackedWeight = pack(quantized, self.plan.config.checkpoint_format)
-        out = packed_name(self.skeleton, name)
-        for suffix, tensor in packed.tensors().items():
-            self.sink.write(f"{out}.{suffix}", tensor)
         module.weight.data.copy_(quantized.dequantize())
+        fields = (quantized.codes, quantized.scales, quantized.zeros, quantized.g_idx)
+        copies = [host_copy(field) for field in fields]
+        out, bits = packed_name(self.skeleton, name), quantized.bits
+
+        def write() -> None:
+            with stage("pack"):
+                codes, scales, zeros, g_idx = (copy() for copy in copies)
+                on_host = QuantizedWeight(codes, scales, zeros, g_idx, bits)
+                packed = pack(on_host, self.plan.config.checkpoint_format)
+            with stage("write"):
+                for suffix, tensor in packed.tensors().items():
+                    self.sink.write(f"{out}.{suffix}", tensor)
+
+        self.writeback.submit(write, quantized.codes.nbytes)
 
 
 def _strict_error(record: ModuleRecord) -> QuantizationError:
     return QuantizationError(f"{record.name}: {record.problem}; nothing was published because of --strict")
 
 
-def _solve_one(
-    name: str, W: Tensor, scheme: QuantScheme, H: Tensor | None, factor: HessianFactor | None
-) -> QuantizedWeight:
+def _together(linears: dict[str, nn.Linear], schemes: dict[str, QuantScheme]) -> list[list[str]]:
+    """Names that are solved as one weight: neighbours of one scheme on a GPU; elsewhere each alone, in less memory."""
+    result: list[list[str]] = []
+    for name, module in linears.items():
+        joins = result and module.weight.is_cuda and schemes[name].method == "gptq"
+        if joins and schemes[result[-1][0]] == schemes[name]:
+            result[-1].append(name)
+        else:
+            result.append([name])
+    return result
+
+
+def _solve(
+    names: list[str],
+    weights: list[Tensor],
+    scheme: QuantScheme,
+    H: Tensor | None,
+    factor: HessianFactor | None,
+) -> list[QuantizedWeight]:
     try:
         if factor is None or H is None:
-            return rtn(W, scheme, H)
+            return [rtn(W, scheme, H) for W in weights]
         if scheme.method == "obq":
-            return obq(W, H, scheme, factor=factor)
-        return gptq(W, factor, scheme, H=H if scheme.refine else None)
+            return [obq(W, H, scheme, factor=factor) for W in weights]
+        grid = None
+        if scheme.static_groups:
+            with stage("grid"):
+                stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+                grid = fit_grid(stacked, scheme, factor.importance())
+                del stacked
+        with stage("sweep"):
+            return gptq_stacked(weights, factor, scheme, H=H if scheme.refine else None, grid=grid)
     except QuantizationError as error:
-        raise QuantizationError(f"{name}: {error}") from error
+        raise QuantizationError(f"{' and '.join(names)}: {error}") from error
 
 
 def _energy(W: Tensor, H: Tensor | None) -> float:

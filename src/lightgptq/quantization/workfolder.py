@@ -12,6 +12,7 @@ from lightgptq.quantization.activations import ActivationStore
 from lightgptq.quantization.blocks import BlockOutput
 from lightgptq.quantization.journal import Journal, job_difference
 from lightgptq.quantization.report import REPORT_FILE, QuantReport
+from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 
 
 def find_finished(out: Path, job: dict[str, Any], *, restart: bool) -> QuantReport | None:
@@ -40,11 +41,12 @@ def find_finished(out: Path, job: dict[str, Any], *, restart: bool) -> QuantRepo
 class WorkFolder:
     """What a resumed run needs, in the folder that `OutputFolder` keeps for an unfinished run.
 
-    path  ``OUT.partial``, which exists and is locked
+    path       ``OUT.partial``, which exists and is locked
+    writeback  where activations are written
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writeback: WriteBack = AT_ONCE) -> None:
+        self.path, self.writeback = path, writeback
 
     def journal(self, job: dict[str, Any]) -> Journal:
         """The journal, new or to go on with. Raises ResumeError when it belongs to another job."""
@@ -54,7 +56,7 @@ class WorkFolder:
         self, flow: str, block: int, shapes: list[tuple[int, ...]], dtype: torch.dtype
     ) -> ActivationStore:
         """The file for the activations of a flow that leave ``block``."""
-        return ActivationStore(self.path / f"{flow}-{block}.activations", shapes, dtype)
+        return ActivationStore(self.path / f"{flow}-{block}.activations", shapes, dtype, self.writeback)
 
     def save_pattern(self, flow: str, block: int, store: ActivationStore, output: BlockOutput) -> None:
         """Keep what is needed to read the store of ``block`` again."""
