@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tests.oracles import dequantized, random_quantized
 
+from lightgptq import ops
 from lightgptq.checkpoint.packing import pack
 from lightgptq.ops import triton_gpu
 from lightgptq.ops.triton_layout import Tiling, to_triton
@@ -46,12 +47,13 @@ class Case:
     processors: int = 1
     bfloat16_arithmetic: bool = True
     dense: bool = False
+    through_op: bool = False
 
     @property
     def name(self) -> str:
         """What pytest shows."""
         short = f"{self.bits}b-{self.outputs}x{self.inputs}-g{self.group_size}-m{self.rows}-{self.dtype}"
-        flags = [f for f in ("act_order", "bias", "dense") if getattr(self, f)]
+        flags = [f for f in ("act_order", "bias", "dense", "through_op") if getattr(self, f)]
         return "-".join(
             [short, "sym" if self.sym else "asym", f"p{self.processors}", *flags, self.checkpoint_format]
         ) + ("" if self.bfloat16_arithmetic else "-in_float32")
@@ -81,6 +83,8 @@ def run(case: Case, device: str = "cpu") -> dict[str, float]:
 
     def product() -> torch.Tensor:
         on_device = None if bias is None else bias.to(device)
+        if case.through_op:
+            return ops.quant_matmul(x.to(device), weight, on_device)
         if case.dense:
             return triton_gpu._dense_product(x.to(device), weight.tensors, on_device, tiling, case.outputs)
         return triton_gpu.launch_product(
@@ -90,6 +94,8 @@ def run(case: Case, device: str = "cpu") -> dict[str, float]:
     y = product()
     repeats = torch.equal(y, product())
     W = dequantized(q)
+    if case.through_op:
+        assert torch.equal(ops.dequantize(weight).cpu(), W.float())
     want, magnitude = x.double() @ W.t(), x.double().abs() @ W.abs().t()
     if bias is not None:
         want, magnitude = want + bias.double(), magnitude + bias.double().abs()
