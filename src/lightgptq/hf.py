@@ -18,7 +18,7 @@ from lightgptq.companions import load_config, local_folder, named_dtype
 from lightgptq.errors import CheckpointError
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
-from lightgptq.skeleton import build_empty_model, fill_buffers
+from lightgptq.skeleton import build_empty_model, fill_buffers, model_class
 from lightgptq.sources import NameMap, Source, find_sources
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ def load(
     quantization = reader.quantization_config()
     if quantization is None:
         folder = str(local_folder(reader))
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config = load_config(reader, trust_remote_code=trust_remote_code)
+        cls: Any = (None if trust_remote_code else model_class(config)) or AutoModelForCausalLM
+        model: Any = cls.from_pretrained(
             folder if Path(checkpoint).is_dir() else str(checkpoint),
             dtype=dtype,
             revision=revision,

@@ -35,7 +35,7 @@ def build_empty_model(
     Raises UnsupportedModelError when neither knows it.
     """
     names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names and not trust_remote_code else None
+    cls = None if trust_remote_code else model_class(config)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,6 +51,12 @@ def build_empty_model(
             f"cannot build {names[0] if names else config.model_type}: {first}"
         ) from error
     return model.eval()
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of Transformers that ``config.architectures`` names, None when it has none of that name."""
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], None) if names else None
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device | str = "cpu") -> None:
@@ -105,6 +111,7 @@ class ModelSkeleton:
 
     model    the Transformers model
     reader   the checkpoint
+    name_map  how the checkpoint's names become the model's
     dtype    floating-point parameters are cast to this when they are materialised
     device   and put here
     sources  parameter or persistent buffer name in the model -> where it lies in the checkpoint
@@ -114,6 +121,7 @@ class ModelSkeleton:
 
     model: PreTrainedModel
     reader: CheckpointReader
+    name_map: NameMap
     dtype: torch.dtype
     device: torch.device
     sources: dict[str, Source] = field(default_factory=dict)
@@ -141,9 +149,10 @@ class ModelSkeleton:
         model = build_empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
         fill_buffers(model, device)
         straighten_conv1d(model)
-        experts, unknown = expand_experts(model, NameMap(model).converters)
+        name_map = NameMap(model)
+        experts, unknown = expand_experts(model, name_map.converters)
         sources = find_sources(model, reader.names())
-        skeleton = cls(model, reader, dtype, torch.device(device), sources, experts, unknown)
+        skeleton = cls(model, reader, name_map, dtype, torch.device(device), sources, experts, unknown)
         skeleton._check_complete()
         return skeleton
 
@@ -198,6 +207,7 @@ class ModelSkeleton:
                     part._parameters[name] = nn.Parameter(
                         self.reader.mapped(source.names[0]), requires_grad=False
                     )
+                    part.register_forward_pre_hook(_ids_to_weight)
                     part.register_forward_hook(self._cast_output)
                 else:
                     value = self._cast(source.read(self.reader))
@@ -214,6 +224,12 @@ class ModelSkeleton:
 
     def _cast_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return self._cast(output)
+
+
+def _ids_to_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The rows of a mapped embedding are looked up where it lies."""
+    device = next(module.parameters()).device
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
 
 
 def _join(path: str, name: str) -> str:

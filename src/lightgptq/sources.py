@@ -116,6 +116,10 @@ class NameMap:
                 yield found.removeprefix(f"{prefix}.")
                 yield f"{prefix}.{found}"
 
+    def has_rule_for(self, name: str) -> bool:
+        """Whether Transformers renames ``name``."""
+        return next(self.candidates(name)) != name
+
     def renamed(self, name: str, known: Container[str]) -> str | None:
         """The name among ``known`` that ``name`` stands for without any conversion, or None."""
         return next((found for found in self.candidates(name) if found in known), None)

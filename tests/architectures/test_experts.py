@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import lightgptq
 from lightgptq import QuantLinear, QuantScheme
 from lightgptq.errors import QuantizationError, UsageError
-from lightgptq.quantization import job, run, solve
+from lightgptq.quantization import job, run
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.progress import Progress
+from lightgptq.quantization.solve import GroupSolver
 
 SCHEME = QuantScheme(bits=4, group_size=32)
 WRITTEN = {
@@ -82,13 +84,14 @@ def test_each_hessian_is_that_of_the_tokens_routed_to_the_expert(
     """The original's experts are watched: with everything else skipped, the first block with experts gets the same
     input. Hessians are float32 sums of at most 512 products, so a relative 1e-4 of the largest entry is ample."""
     hessians: dict[str, Tensor] = {}
-    solve_one = solve._solve_one
+    original = GroupSolver.solve
 
-    def watch(name: str, W: Tensor, scheme: QuantScheme, H: Tensor, factor: object) -> object:
-        hessians[name] = H.clone()
-        return solve_one(name, W, scheme, H, factor)  # type: ignore[arg-type]
+    def watch(self: GroupSolver, linears: dict[str, nn.Linear], inputs: GroupInputs) -> None:
+        assert inputs.hessian is not None
+        hessians.update(dict.fromkeys(linears, inputs.hessian.finish().clone()))
+        original(self, linears, inputs)
 
-    monkeypatch.setattr(solve, "_solve_one", watch)
+    monkeypatch.setattr(GroupSolver, "solve", watch)
     rules = (r".*(self_attn|shared_experts|mlp\.(gate|up|down)_proj).*=skip",)
     report = lightgptq.quantize(zoo_folder(name), tmp_path / "out", SCHEME, calibration=windows, rules=rules)
     model = transformers.AutoModelForCausalLM.from_pretrained(zoo_folder(name), dtype=torch.float32)

@@ -149,6 +149,52 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 130,
+    **_TOKENS,
+}
+
+ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": _build("BertForMaskedLM", "BertConfig", **_ENCODER),
+    "bert-embedding": _build("BertModel", "BertConfig", **_ENCODER),
+    "roberta": _build("RobertaForMaskedLM", "RobertaConfig", **_ENCODER),
+    "roberta-embedding": _build("RobertaModel", "RobertaConfig", **_ENCODER),
+}
+
+# The vision tower's blocks hold more weights than the text's, so that size cannot be what tells them apart.
+_VISION = {"hidden_size": 96, "intermediate_size": 384, "num_heads": 4, "num_attention_heads": 4}
+
+TOWERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2.5-vl": _build(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        text_config={
+            **_USUAL,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={**_VISION, "depth": 3, "out_hidden_size": HIDDEN, "fullatt_block_indexes": [0]},
+        image_token_id=3,
+        video_token_id=4,
+        vision_start_token_id=5,
+        vision_end_token_id=6,
+    ),
+    "gemma3": _build(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        text_config={**_USUAL, "head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2},
+        vision_config={**_VISION, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+        mm_tokens_per_image=4,
+    ),
+}
+
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights large enough that every layer matters, biases and norms away from their neutral values.
@@ -166,4 +212,4 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-BUILDERS = {**DENSE, **MIXTURES}
+BUILDERS = {**DENSE, **MIXTURES, **ENCODERS, **TOWERS}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from lightgptq.errors import UnsupportedModelError
 from lightgptq.layouts import ExpertLinears
@@ -22,11 +23,18 @@ from lightgptq.layouts import ExpertLinears
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """One repeated layer of the model: its position, its name in the model (``model.layers.3``) and the module."""
+    """One repeated layer of the model.
+
+    index   its position among all blocks
+    name    in the model (``model.layers.3``)
+    module  itself
+    stack   0, or 1 for the decoder's blocks of a model that has an encoder too
+    """
 
     index: int
     name: str
     module: nn.Module
+    stack: int = 0
 
     def linears(self) -> dict[str, nn.Linear]:
         """The block's linear layers by their name inside it, without those that choose among experts."""
@@ -56,26 +64,56 @@ def _gates(block: nn.Module) -> set[nn.Module]:
 
 
 def find_blocks(model: nn.Module) -> list[DecoderBlock]:
-    """The decoder blocks: items of the outermost ``ModuleList`` that holds most of the model's linear weights.
+    """The repeated layers: items of the outermost ``ModuleList`` that holds most of the linear weights.
 
+    It is looked for around the token embeddings, in the smallest part of the model that has one, so that a vision
+    tower's layers are not taken for the text's. A model with an encoder and a decoder has one list in each.
     Raises UnsupportedModelError when no list of modules holds linear layers.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
+    names = {module: name for name, module in model.named_modules()}
+    found: list[tuple[str, nn.ModuleList]] = []
+    for parts in _parts(model, names):
+        lists = (_heaviest_list(part) for part in parts)
+        chosen = next((blocks for blocks in lists if blocks is not None), None)
+        if chosen is not None:
+            found.append((names[chosen], chosen))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of layers with linear weights; "
+            "lightgptq quantizes models built of repeated blocks"
+        )
+    flat = [
+        (f"{name}.{i}", block, stack) for stack, (name, s) in enumerate(found) for i, block in enumerate(s)
+    ]
+    return [DecoderBlock(i, name, block, stack) for i, (name, block, stack) in enumerate(flat)]
+
+
+def _parts(model: nn.Module, names: dict[nn.Module, str]) -> list[list[nn.Module]]:
+    """For each stack of blocks the parts of the model where it may be, the likeliest first."""
+    if not isinstance(model, PreTrainedModel):
+        return [[model]]
+    if model.config.is_encoder_decoder:
+        return [[model.get_encoder()], [model.get_decoder()]]
+    path = names.get(model.get_input_embeddings(), "")
+    around = []
+    while path:
+        path = path.rpartition(".")[0]
+        around.append(model.get_submodule(path))
+    return [around or [model]]
+
+
+def _heaviest_list(part: nn.Module) -> nn.ModuleList | None:
+    best: tuple[int, nn.ModuleList] | None = None
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for module in part.modules():
         if not isinstance(module, nn.ModuleList) or module in inside:
             continue
         weight = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
         if weight:
             inside.update(module.modules())
             if best is None or weight > best[0]:
-                best = (weight, name, module)
-    if best is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of layers with linear weights; "
-            "lightgptq quantizes models built of repeated blocks"
-        )
-    return [DecoderBlock(i, f"{best[1]}.{i}", block) for i, block in enumerate(best[2])]
+                best = (weight, module)
+    return None if best is None else best[1]
 
 
 class BlockOutput:

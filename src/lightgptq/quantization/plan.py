@@ -207,8 +207,10 @@ def output_name(skeleton: ModelSkeleton, source: str) -> str:
     """What a tensor of the source is called in the checkpoint: the same, with the base model's prefix if it lacked it.
 
     Checkpoints saved from a bare base model (``h.0.mlp...`` instead of ``transformer.h.0.mlp...``) are completed,
-    because other readers of quantized checkpoints look names up literally.
+    because other readers of quantized checkpoints look names up literally. Names that Transformers has a rule for stay.
     """
+    if skeleton.name_map.has_rule_for(source):
+        return source
     prefixed = f"{skeleton.model.base_model_prefix}.{source}"
     found = skeleton.sources.get(prefixed)
     return prefixed if found is not None and found.names == (source,) else source

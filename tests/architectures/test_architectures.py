@@ -1,4 +1,4 @@
-"""Decoders of every architecture that Transformers has and we know of: quantized, saved, loaded and run alike."""
+"""Models of many architectures are quantized, saved, loaded and run alike; nothing in the package knows their names."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.architectures.plain import write_plain
-from tests.architectures.zoo import DENSE, MIXTURES
-from torch import Tensor
+from tests.architectures.zoo import BUILDERS, TOWERS
+from torch import Tensor, nn
 
 import lightgptq
 from lightgptq import QuantLinear, QuantScheme
 from lightgptq.core.rtn import rtn
-from lightgptq.quantization import solve
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.passes import GroupInputs
+from lightgptq.quantization.solve import GroupSolver
 
 EIGHT = QuantScheme(bits=8, group_size=32)
 FOUR = QuantScheme(bits=4, group_size=32)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_at_8_bits_the_logits_stay_close(
     name: str, zoo_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
 ) -> None:
@@ -34,7 +35,8 @@ def test_at_8_bits_the_logits_stay_close(
     """
     report = lightgptq.quantize(zoo_folder(name), tmp_path / "out", EIGHT, calibration=windows)
     assert not report.problems
-    original = _by_transformers(zoo_folder(name))
+    original = lightgptq.load(zoo_folder(name), dtype="float32")
+    assert type(original) is type(_by_transformers(zoo_folder(name)))
     loaded = lightgptq.load(tmp_path / "out", dtype="float32")
     assert {m.name for m in report.modules} == {
         n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)
@@ -44,7 +46,7 @@ def test_at_8_bits_the_logits_stay_close(
     assert error < 0.035, f"the median token's logits differ by {error:.3f} of their size"
 
 
-@pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_4_bits_beat_rounding_and_load_again_bit_for_bit(
     name: str,
     zoo_folder: Callable[[str], Path],
@@ -76,21 +78,42 @@ def test_4_bits_beat_rounding_and_load_again_bit_for_bit(
 def _compare_with_rounding(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
     """Fills a table with (loss, loss of rounding to nearest) of each linear that is solved."""
     losses: dict[str, tuple[float, float]] = {}
-    original = solve._solve_one
+    original = GroupSolver.solve
 
-    def both(name: str, W: Tensor, scheme: QuantScheme, H: Tensor | None, factor: object) -> object:
-        solved = original(name, W, scheme, H, factor)  # type: ignore[arg-type]
-        losses[name] = (solved.loss, rtn(W, scheme, H).loss)
-        return solved
+    def both(self: GroupSolver, linears: dict[str, nn.Linear], inputs: GroupInputs) -> None:
+        weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+        original(self, linears, inputs)
+        assert inputs.hessian is not None
+        H, records = inputs.hessian.finish(), {record.name: record for record in self.records}
+        for name, W in weights.items():
+            loss = records[name].loss
+            assert loss is not None
+            losses[name] = (loss * records[name].tokens, rtn(W, FOUR, H).loss)
 
-    monkeypatch.setattr(solve, "_solve_one", both)
+    monkeypatch.setattr(GroupSolver, "solve", both)
     return losses
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_vision_tower_stays_as_it_is(
+    name: str, zoo_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    report = lightgptq.quantize(zoo_folder(name), tmp_path / "out", FOUR, calibration=windows)
+    assert all(".language_model.layers." in m.name for m in report.modules)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(zoo_folder(name) / "model.safetensors")
+    vision = {n: tensor for n, tensor in original.items() if "visual." in n or "vision_tower." in n}
+    assert len(vision) > 20
+    assert all(torch.equal(stored[n], tensor) for n, tensor in vision.items())
+
+
 def _by_transformers(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """By the class that the config names: a causal or masked language model, or a body without a head."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def _logits(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
+    """The first output: logits, or the last hidden states of a body without a head."""
+    return model(input_ids=ids)[0]
