@@ -9,6 +9,7 @@
     ├── CalibrationError           the calibration or evaluation text cannot serve
     ├── QuantizationError          a module could not be solved as asked (``--strict``), NaN in activations
     ├── ResumeError                a half-finished or finished output belongs to another command or source
+    ├── DeviceMemoryError          a GPU ran out of memory
     ├── HubError                   the hub refused an upload or could not be reached
     ├── NativeLibraryError         the native library refused its arguments or has the wrong ABI
     └── MissingDependencyError     an optional package is needed for what was asked (also an ImportError)
@@ -45,6 +46,10 @@ class QuantizationError(LightGPTQError):
 
 class ResumeError(LightGPTQError):
     """A half-finished or finished output belongs to another command or source."""
+
+
+class DeviceMemoryError(LightGPTQError):
+    """A GPU ran out of memory."""
 
 
 class HubError(LightGPTQError):

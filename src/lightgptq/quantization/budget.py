@@ -30,6 +30,8 @@ def activation_budget(max_memory: int | None, device: torch.device, resident: in
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # What the allocator holds without using it is as good as free.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         limit = (
             free * SHARE_OF_FREE if max_memory is None else max_memory - torch.cuda.memory_allocated(device)
         )
@@ -38,3 +40,8 @@ def activation_budget(max_memory: int | None, device: torch.device, resident: in
     else:
         limit = max_memory - psutil.Process().memory_info().rss
     return max(0, int(limit) - resident)
+
+
+def host_budget() -> int:
+    """Bytes of pinned host memory that activations of a GPU may take: half of what is free."""
+    return psutil.virtual_memory().available // 2

@@ -45,12 +45,14 @@ class QuantReport:
     modules  in the order in which they were solved
     out      folder of the checkpoint
     seconds  wall time of this process's part of the run; not saved, so that a resumed run ends with the same files
+    peak_device_bytes  the most that was allocated on the GPU in this process's part; None without one; not saved
     """
 
     job: dict[str, Any]
     modules: list[ModuleRecord] = field(default_factory=list)
     out: Path | None = None
     seconds: float = 0.0
+    peak_device_bytes: int | None = None
 
     @property
     def problems(self) -> list[ModuleRecord]:
