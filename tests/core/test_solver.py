@@ -9,7 +9,7 @@ from tests.oracles import correlated_problem, gptq_columns, layer_loss, paper_sc
 from lightgptq.core.grid import fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.rtn import rtn
-from lightgptq.core.solver import gptq
+from lightgptq.core.solver import gptq, gptq_stacked
 from lightgptq.errors import QuantizationError
 
 
@@ -156,3 +156,18 @@ def test_wrong_width_and_pointless_grid_are_refused():
     dynamic = paper_scheme(static_groups=False)
     with pytest.raises(QuantizationError, match="finds its own"):
         gptq(W, HessianFactor.build(H, dynamic), dynamic, grid=fit_grid(W, dynamic))
+
+
+@pytest.mark.parametrize("static_groups", [True, False])
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_linears_solved_as_one_weight_are_those_solved_alone(static_groups, with_hessian):
+    scheme = paper_scheme(group_size=16, static_groups=static_groups, scale_search="hessian")
+    W, H = correlated_problem(30, 40, seed=4)
+    factor, parts = HessianFactor.build(H, scheme), list(W.split([8, 21, 1]))
+    known = H if with_hessian else None
+    for part, together in zip(parts, gptq_stacked(parts, factor, scheme, H=known), strict=True):
+        alone = gptq(part, factor, scheme, H=known)
+        assert torch.equal(together.codes, alone.codes)
+        assert torch.equal(together.scales, alone.scales)
+        assert torch.equal(together.g_idx, alone.g_idx)
+        assert together.loss == pytest.approx(alone.loss, rel=1e-4, abs=1e-6)

@@ -25,6 +25,8 @@ CLIP_RATIOS = (1.05, 0.95, 0.85, 0.75, 0.65, 0.55)
 OTHER_SIDE_RATIOS = (1.1, 0.8)
 SCALE_REFITS = 3
 SEARCH_VALUES = 1 << 18  # weights searched at a time: the temporaries stay in a core's cache
+# On a GPU every step costs a launch, however few the weights: half a dozen temporaries of 32 MiB.
+GPU_SEARCH_VALUES = 1 << 23
 NATIVE_SEARCH_VALUES = 1 << 22  # bounds the candidates held: 24 of 8 bytes for every group
 
 
@@ -145,9 +147,10 @@ def _search_torch(W: Tensor, importance: Tensor, scheme: QuantScheme, zero_min: 
     """Rounded scales and zeros (out, groups) of least weighted error, on any device."""
     weights = split_groups(importance.float().unsqueeze(0), scheme).clone()
     weights.view(-1)[W.shape[1] :] = 0  # the ragged group's filler
+    values = GPU_SEARCH_VALUES if W.is_cuda else SEARCH_VALUES
     parts = [
         _search_rows(split_groups(rows.float(), scheme), weights, scheme, zero_min)
-        for rows in W.split(max(1, SEARCH_VALUES // W.shape[1]))
+        for rows in W.split(max(1, values // W.shape[1]))
     ]
     scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return scales, zeros

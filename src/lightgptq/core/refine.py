@@ -97,15 +97,22 @@ def refit_scales(W: Tensor, H: Tensor, codes: Tensor, grid: Grid, g_idx: Tensor)
     groups = grid.scales.shape[0]
     columns = [torch.nonzero(group == g).flatten() for g in range(groups)]
     scales = grid.scales.clone()
+    # Sums over groups: every input has a place in its group's rows. (index_add_ adds in no fixed order on a GPU.)
+    width = max(len(inside) for inside in columns)
+    slots = torch.empty_like(group)
+    for g, inside in enumerate(columns):
+        slots[inside] = torch.arange(g * width, g * width + len(inside), device=W.device)
     for rows in torch.arange(W.shape[0], device=W.device).split(max(1, REFIT_VALUES // (groups * groups))):
         steps = codes[rows].t().float() - grid.zeros[:, rows][group]  # (in, rows)
         A = torch.zeros(groups, groups, len(rows), device=W.device)
         b = torch.zeros(groups, len(rows), device=W.device)
+        padded = torch.empty(groups * width, len(rows), device=W.device)
         Wt = W[rows].t()
         for g, inside in enumerate(columns):
             product = H[:, inside] @ steps[inside]  # (in, rows)
             b[g] = (product * Wt).sum(dim=0)
-            A[g].index_add_(0, group, product.mul_(steps))
+            padded.zero_().index_copy_(0, slots, product.mul_(steps))
+            torch.sum(padded.view(groups, width, -1), dim=1, out=A[g])
         A, b, old = A.permute(2, 0, 1), b.t(), grid.scales[:, rows].t()  # rows first
         pull = REFIT_RIDGE * A.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).clamp_min(1e-30)
         system = A + torch.diag_embed(pull.expand(-1, groups))
