@@ -17,8 +17,8 @@ from lightgptq.hub.push import push_to_hub
 from lightgptq.linear import QuantLinear
 from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.job import quantize
 from lightgptq.quantization.report import QuantReport
-from lightgptq.quantization.run import quantize
 from lightgptq.version import __version__
 
 __all__ = [

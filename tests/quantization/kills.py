@@ -5,6 +5,7 @@ The processes are forked from a server that has imported everything already, so 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -21,9 +22,12 @@ import torch
 
 import lightgptq
 from lightgptq import QuantScheme
+from lightgptq.quantization import job as job_module
 from lightgptq.quantization import run as run_module
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.prefetch import Prefetch
 from lightgptq.quantization.progress import Progress
+from lightgptq.quantization.writeback import WriteBack
 
 # Whatever changes the disk between two of these is as if it had not happened.
 OPERATIONS = ("open", "pwrite", "fsync", "rename", "unlink", "rmdir", "mkdir", "ftruncate", "truncate")
@@ -31,13 +35,17 @@ OPERATIONS = ("open", "pwrite", "fsync", "rename", "unlink", "rmdir", "mkdir", "
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `lightgptq.quantize`, with several batches in each pass."""
+    """One call of `lightgptq.quantize`, with several batches in each pass.
+
+    overlap  write behind and read ahead on threads, as is done for a GPU
+    """
 
     src: Path
     out: Path
     input_ids: torch.Tensor
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme(bits=4, group_size=32))
     options: dict[str, Any] = field(default_factory=dict)
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 def _child(job: Job, kill_at: int | None, send: Any, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
-    run_module.BATCH_TOKENS = 3 * job.input_ids.shape[1]
+    job_module.BATCH_TOKENS = 3 * job.input_ids.shape[1]
+    if job.overlap:
+        overlap_on_a_cpu()
     done = _watch_operations(kill_at)
     blocks: list[int] = []
     notes: list[str] = []
@@ -121,6 +131,16 @@ def _child(job: Job, kill_at: int | None, send: Any, path: list[str]) -> None:
         error = f"{type(failure).__name__}: {failure}"
     if send is not None:
         send.send({"operations": tuple(done), "blocks": tuple(blocks), "notes": tuple(notes), "error": error})
+
+
+def overlap_on_a_cpu() -> None:
+    """From here on runs of this process use the threads that are otherwise used for a GPU only."""
+    run_module.WriteBack = functools.partial(_threaded, WriteBack, "threaded")
+    run_module.Prefetch = functools.partial(_threaded, Prefetch, "copy")
+
+
+def _threaded(kind: Callable[..., Any], option: str, *args: Any, **kwargs: Any) -> Any:
+    return kind(*args, **{**kwargs, option: True})
 
 
 def _watch_operations(kill_at: int | None) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lightgptq
 from lightgptq import QuantScheme
 from lightgptq.core.mismatch import MismatchAccumulator
-from lightgptq.quantization import run
+from lightgptq.quantization import job
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.progress import Progress
 from lightgptq.quantization.solve import GroupSolver
@@ -26,7 +26,7 @@ CORRECTED = QuantScheme(bits=3, group_size=32, mismatch=1.0, refine=1)
 
 @pytest.fixture(autouse=True)
 def _small_batches(windows: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "BATCH_TOKENS", windows.input_ids.numel() // BATCHES)
+    monkeypatch.setattr(job, "BATCH_TOKENS", windows.input_ids.numel() // BATCHES)
 
 
 def test_replaying_both_models_gives_the_same_bytes_as_waiting(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightgptq
 from lightgptq import QuantScheme
-from lightgptq.quantization import run
+from lightgptq.quantization import job
 from lightgptq.quantization.calibration import CalibrationSet
 
 BATCHES = 6
@@ -23,7 +23,7 @@ SCHEME = QuantScheme(bits=4, group_size=32)
 
 @pytest.fixture(autouse=True)
 def _small_batches(windows: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "BATCH_TOKENS", windows.input_ids.numel() // BATCHES)
+    monkeypatch.setattr(job, "BATCH_TOKENS", windows.input_ids.numel() // BATCHES)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def test_the_batch_size_hardly_matters(
 ) -> None:
     """Only the order of float32 sums changes: at most a few codes in a thousand flip."""
     many = lightgptq.quantize(model_folder("llama"), tmp_path / "many", SCHEME, calibration=windows)
-    monkeypatch.setattr(run, "BATCH_TOKENS", windows.input_ids.numel())
+    monkeypatch.setattr(job, "BATCH_TOKENS", windows.input_ids.numel())
     one = lightgptq.quantize(model_folder("llama"), tmp_path / "one", SCHEME, calibration=windows)
     for a, b in zip(many.modules, one.modules, strict=True):
         assert a.tokens == b.tokens == windows.input_ids.numel()

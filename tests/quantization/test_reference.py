@@ -14,7 +14,7 @@ import lightgptq
 from lightgptq import QuantScheme
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.core.types import QuantizedWeight
-from lightgptq.quantization import run
+from lightgptq.quantization import job
 from lightgptq.quantization.calibration import CalibrationSet
 
 SCHEMES = {
@@ -48,7 +48,7 @@ def test_streaming_finds_the_codes_of_the_slow_way_in_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "BATCH_TOKENS", 4 * windows.seq_len)
+    monkeypatch.setattr(job, "BATCH_TOKENS", 4 * windows.seq_len)
     scheme = SCHEMES["4-bit"]
     lightgptq.quantize(
         model_folder(name), tmp_path / "out", scheme, calibration=windows, checkpoint_format="gptq_v2"

@@ -20,10 +20,10 @@ from lightgptq.cli.output import show_json
 from lightgptq.core.presets import preset_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.quantization.budget import parse_bytes
+from lightgptq.quantization.job import quantize
 from lightgptq.quantization.progress import Listener, silent
 from lightgptq.quantization.progress import Progress as Step
 from lightgptq.quantization.report import ModuleRecord, QuantReport
-from lightgptq.quantization.run import quantize
 
 
 class Method(str, Enum):
@@ -103,6 +103,12 @@ def command(
         list[str] | None,
         typer.Option(help="REGEX=bits:8,group_size:32 or REGEX=skip; repeatable, the first match decides."),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS", help="Bits per weight in all; widths of 2, 3, 4, 8 by measured sensitivity."
+        ),
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.")] = False,
     moe_all_experts: Annotated[
         bool, typer.Option("--moe-all-experts", help="Calibrate every expert with every token.")
@@ -135,6 +141,7 @@ def command(
             seq_len=seq_len,
             seed=seed,
             rules=tuple(rule or ()),
+            target_bits=target_bits,
             lm_head=lm_head,
             checkpoint_format=checkpoint_format.value,
             dtype=dtype.value,
@@ -196,8 +203,10 @@ def _describe(step: Step) -> str:
 def _summarise(report: QuantReport, console: Console) -> None:
     losses = [m.relative_loss for m in report.modules if m.relative_loss is not None]
     worst = f", largest relative loss {max(losses):.2e}" if losses else ""
+    peak = report.peak_device_bytes
+    memory = f", at most {peak / 2**30:.2f} GiB on the GPU" if peak is not None else ""
     console.print(
-        f"{report.out}: {len(report.modules)} linears quantized in {report.seconds:.1f} s{worst}",
+        f"{report.out}: {len(report.modules)} linears quantized in {report.seconds:.1f} s{memory}{worst}",
         markup=False,
         highlight=False,
         soft_wrap=True,

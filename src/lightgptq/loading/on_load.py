@@ -20,7 +20,7 @@ from lightgptq.once import warn_once
 from lightgptq.ops import MODES
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.examples import windows_of_examples
-from lightgptq.quantization.run import quantize
+from lightgptq.quantization.job import quantize
 from lightgptq.sources import find_sources
 from lightgptq.texts import Text, load_text
 

@@ -27,6 +27,7 @@ _OPTIONS = {
     "method": "--method",
     "damp": "--damp",
     "rules": "--rule",
+    "target_bits": "--target-bits",
     "lm_head": "--lm-head",
     "checkpoint_format": "--format",
     "dtype": "--dtype",

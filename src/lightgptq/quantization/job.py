@@ -1,0 +1,197 @@
+"""The main job: a Hugging Face language model in, a GPTQ checkpoint out; what was asked for, checked and made ready."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightgptq.checkpoint.config import GPTQCheckpointConfig
+from lightgptq.checkpoint.fused_rules import fused_conflicts
+from lightgptq.checkpoint.output import OutputFolder
+from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import UsageError
+from lightgptq.quantization.blocks import DecoderBlock, find_blocks
+from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.flow import CalibrationFlow
+from lightgptq.quantization.heap import large_tensors_mapped
+from lightgptq.quantization.inputs import (
+    calibration_windows,
+    choose_device,
+    choose_dtype,
+    send_all_tokens_to_experts,
+)
+from lightgptq.quantization.mixed import allotted_rules, previous_allotment
+from lightgptq.quantization.plan import QuantPlan, parse_rules
+from lightgptq.quantization.progress import Listener, Progress, silent
+from lightgptq.quantization.report import QuantReport
+from lightgptq.quantization.run import QuantizeRun
+from lightgptq.quantization.workfolder import find_finished
+from lightgptq.skeleton import ModelSkeleton
+from lightgptq.texts import Text
+from lightgptq.version import __version__
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 4096
+
+
+def quantize(
+    src: str | Path,
+    out: str | Path,
+    scheme: QuantScheme | None = None,
+    *,
+    calibration: str | Text | CalibrationSet = "pydoc",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    rules: tuple[str, ...] = (),
+    target_bits: float | None = None,
+    lm_head: bool = False,
+    checkpoint_format: str = "gptq",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_memory: int | None = None,
+    moe_all_experts: bool = False,
+    strict: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = 5 << 30,
+    listener: Listener = silent,
+) -> QuantReport:
+    """Quantize a model from a folder or the hub and publish the checkpoint at ``out``.
+
+    A run that was killed goes on from its last finished block when called again with the same arguments, and ends with
+    the same bytes.
+
+    scheme       of every linear in the decoder blocks; default 4 bits, group size 128
+    calibration  text specification (see `texts`), Text, or windows of token ids
+    samples, seq_len, seed  windows to cut out of the text; seq_len defaults to 2048 or the model's context if shorter
+    rules        "REGEX=bits:8,group_size:32" or "REGEX=skip", the first that matches a module's name decides
+    target_bits  bits per weight, scales and zeros included, of all decoder linears that no rule names: each group of
+                 them gets 2, 3, 4 or 8 bits by its measured sensitivity, whatever ``scheme.bits`` says
+    lm_head      quantize the output head too
+    checkpoint_format  "gptq" or "gptq_v2"
+    dtype        what the blocks compute in while calibrating: "auto" (the checkpoint's, float32 instead of float16 on a
+                 CPU), "float32", "bfloat16" or "float16"
+    device       "auto", "cpu", "cuda", "cuda:1", ...
+    max_memory   bytes that the process (on a GPU: its allocations) should stay below; decides how activations are held
+    moe_all_experts  while calibrating every token goes to every expert, not only to those that its router chose
+    strict       raise at the first module that could not be solved as asked
+    restart      forget a half-finished or finished run at ``out``
+
+    Returns the report, which is also saved beside the checkpoint. Raises a LightGPTQError; nothing is then published.
+    """
+    started = time.perf_counter()
+    scheme, out = scheme or QuantScheme(), Path(out)
+    skeleton = _open(src, out, dtype, device, revision, trust_remote_code)
+    if moe_all_experts:
+        send_all_tokens_to_experts(skeleton)
+    blocks = find_blocks(skeleton.model)
+    for path in skeleton.unknown:
+        note = f"{path} holds 3-D weights in a layout that is not known; they stay as they are"
+        listener(Progress(0, len(blocks), "read", note=note))
+    config = GPTQCheckpointConfig.from_scheme(
+        scheme,
+        version=__version__,
+        checkpoint_format=checkpoint_format,
+        dynamic=parse_rules(rules),
+        lm_head=lm_head,
+    )
+    plan = QuantPlan.build(skeleton, blocks, config, scheme)
+    windows = None
+    if target_bits is not None or any(s.method != "rtn" for s in plan.schemes.values()):
+        windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
+        if windows.samples < windows.asked:
+            note = f"{windows.source} gives {windows.samples} windows of {windows.seq_len} tokens"
+            listener(Progress(0, len(blocks), "read", note=f"{note}; {windows.asked} were asked for"))
+    job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
+    job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits}
+    job["allotted"] = {} if target_bits is None else None if restart else previous_allotment(out, job)
+    report = find_finished(out, job, restart=restart)
+    if report is not None:
+        OutputFolder.tidy(out)
+        if strict:
+            report.require_no_problems()
+        listener(
+            Progress(len(blocks), len(blocks), "publish", note=f"{out} is already finished; nothing to do")
+        )
+    else:
+        with OutputFolder(out, replace=restart) as output, large_tensors_mapped():
+            if restart:
+                output.discard()
+            if target_bits is not None and windows is not None:
+                if job["allotted"] is None:
+                    job["allotted"] = allotted_rules(
+                        skeleton, blocks, plan, target_bits, windows, output.partial, listener
+                    )
+                config = replace(config, dynamic={**job["allotted"], **config.dynamic})
+                plan = QuantPlan.build(skeleton, blocks, config, scheme)
+            _warn_of_conflicts(blocks, plan)
+            flow, original = _flows(skeleton, blocks, plan, windows)
+            run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
+            report = run.execute(output, max_memory, max_shard_bytes)
+    report.out, report.seconds = out, time.perf_counter() - started
+    return report
+
+
+def _open(
+    src: str | Path, out: Path, dtype: str, device: str, revision: str | None, trust_remote_code: bool
+) -> ModelSkeleton:
+    """The source's skeleton; raises UsageError for a source that cannot be quantized to ``out``."""
+    reader = CheckpointReader.open(str(src), revision=revision)
+    if Path(src).exists() and out.resolve() == Path(src).resolve():
+        raise UsageError(f"OUT {out} is the source itself; give another folder")
+    if reader.config.get("quantization_config") is not None or reader.quantization_config() is not None:
+        raise UsageError(f"{src} is quantized already; give the original model")
+    target = choose_device(device)
+    compute = choose_dtype(dtype, reader, target)
+    return ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
+
+
+def _warn_of_conflicts(blocks: list[DecoderBlock], plan: QuantPlan) -> None:
+    names = (f"{block.name}.{name}" for block in blocks for name in block.linears())
+    for conflict in fused_conflicts(names, plan.schemes, plan.config):
+        logger.warning(conflict)
+
+
+def _flows(
+    skeleton: ModelSkeleton, blocks: list[DecoderBlock], plan: QuantPlan, windows: CalibrationSet | None
+) -> tuple[CalibrationFlow | None, CalibrationFlow | None]:
+    """The quantized model's activations, and the original's where the plan corrects the mismatch between them."""
+    schemes = plan.schemes.values()
+    if windows is None or all(s.method == "rtn" for s in schemes):
+        return None, None
+    batches = windows.batches(BATCH_TOKENS)
+    corrects = any(s.mismatch > 0 and s.method == "gptq" for s in schemes)
+    original = CalibrationFlow(skeleton, blocks, batches, "original") if corrects else None
+    return CalibrationFlow(skeleton, blocks, batches), original
+
+
+def _identity(
+    scheme: QuantScheme,
+    rules: tuple[str, ...],
+    config: GPTQCheckpointConfig,
+    skeleton: ModelSkeleton,
+    windows: CalibrationSet | None,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the checkpoint, as plain JSON values."""
+    job = {
+        "lightgptq": __version__,
+        "scheme": scheme.to_dict(),
+        "rules": list(rules),
+        "lm_head": config.lm_head,
+        "checkpoint_format": config.checkpoint_format,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "device": skeleton.device.type,
+        "calibration": windows.identity() if windows is not None else {},
+        "max_shard_bytes": max_shard_bytes,
+        "source": skeleton.reader.fingerprint(),
+    }
+    return json.loads(json.dumps(job))
