@@ -41,6 +41,7 @@ def assert_reads(reader: CheckpointReader, tensors: dict[str, Tensor]) -> None:
         assert reader.nbytes(name) == expected.numel() * expected.element_size()
         assert same(reader.tensor(name), expected)
         assert same(reader.mapped(name), expected)
+        assert same(reader.mapped(name, few_rows=False), expected)
         for chunk_bytes in (3, 16, 1 << 20):
             assert b"".join(reader.stream(name, chunk_bytes)) == raw_bytes(expected)
 

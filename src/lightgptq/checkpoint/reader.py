@@ -104,9 +104,9 @@ class CheckpointReader:
         """Ask the operating system to read a tensor's bytes into its cache; takes no memory of the process."""
         self._file_of(name).will_need(name)
 
-    def mapped(self, name: str) -> Tensor:
-        """A memory-mapped tensor, for looking up few rows of a large one; do not write to it."""
-        return self._file_of(name).mapped(name)
+    def mapped(self, name: str, *, few_rows: bool = True) -> Tensor:
+        """A memory-mapped tensor: to look up few rows of a large one, or to read all of it without a copy."""
+        return self._file_of(name).mapped(name, few_rows=few_rows)
 
     def stream(self, name: str, chunk_bytes: int = STREAM_CHUNK_BYTES) -> Iterator[bytes]:
         """The tensor's bytes in row-major order, ``chunk_bytes`` at a time, to copy it without holding it."""

@@ -38,7 +38,7 @@ class WeightFile(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
-    def mapped(self, name: str) -> Tensor: ...
+    def mapped(self, name: str, *, few_rows: bool = True) -> Tensor: ...
 
     def will_need(self, name: str) -> None: ...
 
@@ -84,19 +84,31 @@ class SafetensorsFile:
             with self._open() as file:
                 os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def mapped(self, name: str) -> Tensor:
-        """A tensor backed by the file, for reading few rows of a large one; writing to it changes no file.
+    def mapped(self, name: str, *, few_rows: bool = True) -> Tensor:
+        """A tensor backed by the file; writing to it changes no file.
 
-        The mapping lives as long as the tensor.
+        few_rows  True: rows will be looked up here and there; False: all of it will be read in order
+
+        The mapping covers this tensor's pages only and lives as long as the tensor.
         """
         entry = self.entries[name]
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
+        before = entry.offset % mmap.ALLOCATIONGRANULARITY
         with self._open() as file:
-            pages = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-        pages.madvise(mmap.MADV_RANDOM)
+            if os.fstat(file.fileno()).st_size < entry.offset + entry.nbytes:
+                self._check_progress(0, name)
+            pages = mmap.mmap(
+                file.fileno(),
+                before + entry.nbytes,
+                mmap.MAP_PRIVATE,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=entry.offset - before,
+            )
+        if few_rows:
+            pages.madvise(mmap.MADV_RANDOM)
         count = entry.nbytes // entry.dtype.itemsize
-        flat = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=entry.offset)
+        flat = torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=before)
         return flat.view(entry.shape)
 
     def stream(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
@@ -147,7 +159,7 @@ class TorchFile:
     def will_need(self, name: str) -> None:
         """Nothing: where a tensor lies in the zip is known only after mapping the whole file."""
 
-    def mapped(self, name: str) -> Tensor:
+    def mapped(self, name: str, *, few_rows: bool = True) -> Tensor:
         """A tensor backed by the file; the mapping lives as long as the tensor."""
         return self._load()[name]
 
