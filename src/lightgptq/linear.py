@@ -34,6 +34,7 @@ class QuantLinear(nn.Module):
     scales: Tensor | None
     g_idx: Tensor | None
     bias: Tensor | None
+    weight = None  # some models look at a linear's weight before they call it, such as T5 for its dtype
 
     def __init__(
         self,

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from tests.architectures.zoo import BUILDERS, VOCABULARY, randomise
+from tests.architectures.zoo import BUILDERS, randomise, windows_for
 
 from lightgptq.quantization.calibration import CalibrationSet
 
@@ -34,5 +33,4 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def windows() -> CalibrationSet:
     """16 windows of 32 random tokens: with two of four experts each, about 256 tokens for every expert."""
-    ids = torch.randint(2, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1))
-    return CalibrationSet(ids, "random", 16)
+    return windows_for("llama")

@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from lightgptq.quantization.calibration import CalibrationSet
+
 VOCABULARY = 200
 HIDDEN = 64
 INNER = 96
@@ -195,6 +197,38 @@ TOWERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+STACKS: dict[str, Callable[[], PreTrainedModel]] = {
+    "t5": _build(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        d_kv=16,
+        d_ff=INNER,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        pad_token_id=1,
+        decoder_start_token_id=0,
+    ),
+    "whisper": _build(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_source_positions=20,
+        max_target_positions=64,
+        num_mel_bins=16,
+        decoder_start_token_id=0,
+        **_TOKENS,
+    ),
+}
+
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights large enough that every layer matters, biases and norms away from their neutral values.
@@ -212,4 +246,15 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-BUILDERS = {**DENSE, **MIXTURES, **ENCODERS, **TOWERS}
+def windows_for(name: str) -> CalibrationSet:
+    """16 windows of 32 random tokens: with two of four experts each, about 256 tokens for every expert.
+
+    Whisper gets noise to listen to, 40 frames for each window.
+    """
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (16, 32), generator=generator)
+    heard = {"input_features": torch.randn(16, 16, 40, generator=generator)} if name == "whisper" else {}
+    return CalibrationSet(ids, "random", 16, heard)
+
+
+BUILDERS = {**DENSE, **MIXTURES, **ENCODERS, **TOWERS, **STACKS}

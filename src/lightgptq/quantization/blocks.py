@@ -7,6 +7,7 @@ door of block k. Masks, position embeddings and the like come out as the model's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,35 +211,50 @@ class BlockWalk:
 
     def __init__(self, model: nn.Module, blocks: list[DecoderBlock]) -> None:
         self.model, self.blocks = model, blocks
-        self.output: BlockOutput | None = None  # pattern of the block before the next one
+        self.output: BlockOutput | None = (
+            None  # pattern of the block before the next one, if that is in its stack
+        )
+        self.ended: list[BlockOutput] = []  # pattern of the last block of each stack before that
+        self._lasts = {a.index for a, b in itertools.pairwise(blocks) if a.stack != b.stack}
 
-    def enter(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> BlockInput:
+    def ends_stack(self, block: DecoderBlock) -> bool:
+        """Whether another stack follows ``block``."""
+        return block.index in self._lasts
+
+    def enter(
+        self, index: int, call: dict[str, Tensor], hidden: Tensor | None, ended: list[Tensor]
+    ) -> BlockInput:
         """What block ``index`` is called with for one batch.
 
-        input_ids int64 (batch, seq_len); hidden (batch, seq_len, hidden) left the block before, None for the first.
+        call    the arguments of the model's forward
+        hidden  (batch, seq_len, hidden) that left the block before, None for the first of a stack
+        ended   what left the last block of each earlier stack
         """
         try:
-            with self._stubs(index, hidden, stop=True):
-                self.model(input_ids=input_ids)
+            with self._stubs(index, hidden, ended, stop=True):
+                self.model(**call)
         except _Door as door:
             return door.entered
         raise UnsupportedModelError(f"the model's forward never called {self.blocks[index].name}")
 
-    def leave(self, input_ids: Tensor, hidden: Tensor) -> Any:
+    def leave(self, call: dict[str, Tensor], hidden: Tensor, ended: list[Tensor]) -> Any:
         """Run the model from the output of its last block to its end; what its forward returns."""
-        with self._stubs(len(self.blocks), hidden, stop=False):
-            return self.model(input_ids=input_ids)
+        with self._stubs(len(self.blocks), hidden, ended, stop=False):
+            return self.model(**call)
 
     @contextmanager
-    def _stubs(self, index: int, hidden: Tensor | None, *, stop: bool) -> Iterator[None]:
+    def _stubs(self, index: int, hidden: Tensor | None, ended: list[Tensor], *, stop: bool) -> Iterator[None]:
         def stub_for(block: DecoderBlock) -> Callable[..., Any]:
+            output = self.ended[block.stack] if block.stack < len(self.ended) else self.output
+            passed = hidden if block.index == index - 1 else None
+            if block.stack < len(ended) and self.ends_stack(block):
+                passed = ended[block.stack]
+
             def stub(*args: Any, **kwargs: Any) -> Any:
                 if stop and block.index == index:
                     raise _Door(BlockInput(args, kwargs))
-                assert self.output is not None
-                passed = hidden if block.index == index - 1 else first_floating(args, kwargs)
-                assert passed is not None
-                return self.output.give(passed)
+                assert output is not None
+                return output.give(first_floating(args, kwargs) if passed is None else passed)
 
             return stub
 

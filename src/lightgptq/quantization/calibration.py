@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,15 +26,20 @@ class CalibrationSet:
     input_ids  int64 (samples, seq_len)
     source     the text's name, for the report
     asked      samples that were asked for; fewer are here when the text is short
+    extra      further arguments of the model's forward, (samples, ...) each: what Whisper's encoder hears, or images
     """
 
     input_ids: Tensor
     source: str
     asked: int
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.numel() == 0:
             raise CalibrationError(f"input_ids must be (samples, seq_len), got {tuple(self.input_ids.shape)}")
+        for name, value in self.extra.items():
+            if len(value) != self.samples:
+                raise CalibrationError(f"{name} is for {len(value)} samples, input_ids for {self.samples}")
 
     @property
     def samples(self) -> int:
@@ -50,15 +55,24 @@ class CalibrationSet:
         """The windows in order, in batches of about ``tokens`` tokens, at least one window each."""
         return list(self.input_ids.split(max(1, tokens // self.seq_len)))
 
+    def extra_batches(self, tokens: int) -> list[dict[str, Tensor]]:
+        """``extra`` for each of `batches`."""
+        sizes = [len(batch) for batch in self.batches(tokens)]
+        split = {name: value.split(sizes) for name, value in self.extra.items()}
+        return [{name: parts[i] for name, parts in split.items()} for i in range(len(sizes))]
+
     def identity(self) -> dict[str, object]:
         """What decides the result, for the journal and the report."""
-        digest = hashlib.sha256(self.input_ids.contiguous().numpy().tobytes()).hexdigest()
+        everything = (self.input_ids, *(self.extra[name] for name in sorted(self.extra)))
+        digest = hashlib.sha256()
+        for value in everything:
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
         return {
             "source": self.source,
             "asked": self.asked,
             "samples": self.samples,
             "seq_len": self.seq_len,
-            "sha256": digest,
+            "sha256": digest.hexdigest(),
         }
 
     @classmethod

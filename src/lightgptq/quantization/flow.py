@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightgptq.quantization.activations import ActivationStore
 from lightgptq.quantization.blocks import BlockInput, BlockOutput, BlockWalk, DecoderBlock
+from lightgptq.quantization.inputs import forward_arguments
 from lightgptq.quantization.timing import stage
 from lightgptq.quantization.workfolder import WorkFolder
 from lightgptq.skeleton import ModelSkeleton
@@ -22,6 +23,7 @@ class CalibrationFlow:
 
     batches  int64 (windows, seq_len) each
     name     of its files in the work folder: the quantized model's activations, or the original's
+    extras   further arguments of the model's forward for each batch
     """
 
     def __init__(
@@ -30,11 +32,16 @@ class CalibrationFlow:
         blocks: list[DecoderBlock],
         batches: list[Tensor],
         name: str = "quantized",
+        extras: list[dict[str, Tensor]] | None = None,
     ) -> None:
         self.skeleton, self.batches, self.name = skeleton, batches, name
+        self.extras = extras or [{} for _ in batches]
         self.walk = BlockWalk(skeleton.model, blocks)
         self.folder: WorkFolder | None = None
-        self.store: ActivationStore | None = None  # what left the last finished block
+        self.store: ActivationStore | None = None  # what left the last finished block of the present stack
+        self.ended: dict[
+            int, ActivationStore
+        ] = {}  # what left the last block of each earlier stack, by its index
         self.device_bytes = self.host_bytes = (
             0  # what may be kept of the next block's outputs, see ActivationStore
         )
@@ -43,8 +50,17 @@ class CalibrationFlow:
     def begin(self, folder: WorkFolder, last: int) -> None:
         """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
         self.folder = folder
-        if last >= 0:
-            self.store, self.walk.output = folder.load_pattern(self.name, last)
+        for block in self.walk.blocks[: last + 1]:
+            if self.walk.ends_stack(block):
+                self._end_stack(block, *folder.load_pattern(self.name, block.index))
+            elif block.index == last:
+                self.store, self.walk.output = folder.load_pattern(self.name, last)
+
+    def _end_stack(self, block: DecoderBlock, store: ActivationStore, pattern: BlockOutput) -> None:
+        """The stack's output stays for the blocks of the next one, which starts from the embeddings."""
+        self.ended[block.index] = store
+        self.walk.ended.append(pattern)
+        self.store, self.walk.output = None, None
 
     @contextmanager
     def through(self, block: DecoderBlock, *, keep: bool = True) -> Iterator[Ways]:
@@ -60,7 +76,8 @@ class CalibrationFlow:
 
         def inputs(index: int) -> BlockInput:
             nonlocal first
-            entered = self.walk.enter(block.index, self._ids(index), self._hidden(index, keep))
+            hidden, ended = self._hidden(index, keep), self._ended(index)
+            entered = self.walk.enter(block.index, self._call(index), hidden, ended)
             if first is None:
                 first = BlockInput(entered.args, entered.kwargs)
             else:
@@ -72,8 +89,7 @@ class CalibrationFlow:
             if pattern is None or following is None:
                 assert first is not None
                 assert self.folder is not None
-                features = first.hidden().shape[2:]
-                shapes = [(*ids.shape, *features) for ids in self.batches]
+                shapes = [(len(ids), *first.hidden().shape[1:]) for ids in self.batches]
                 pattern = BlockOutput.of(returned, shapes[index])
                 hidden = pattern.take(returned)
                 following = self.folder.store(self.name, block.index, shapes, hidden.dtype)
@@ -89,8 +105,10 @@ class CalibrationFlow:
                 assert following is not None
                 self.folder.writeback.submit(self._finishing(block.index, following, pattern, self.store))
                 self.store, self.walk.output = following, pattern
+                if self.walk.ends_stack(block):
+                    self._end_stack(block, following, pattern)
         finally:
-            if following is not None and following is not self.store:
+            if following is not None and following not in (self.store, *self.ended.values()):
                 following.close()
 
     def _finishing(
@@ -109,19 +127,24 @@ class CalibrationFlow:
         return task
 
     def close(self) -> None:
-        """Close the file of what left the last block."""
-        if self.store is not None:
-            self.store.close()
+        """Close the files of what left the last blocks."""
+        for store in (self.store, *self.ended.values()):
+            if store is not None:
+                store.close()
 
     def leave(self) -> None:
         """Run the model from the output of its last block to its end, for every batch."""
         for index in range(len(self.batches)):
             hidden = self._hidden(index, False)
             assert hidden is not None
-            self.walk.leave(self._ids(index), hidden)
+            self.walk.leave(self._call(index), hidden, self._ended(index))
 
-    def _ids(self, index: int) -> Tensor:
-        return self.batches[index].to(self.skeleton.device)
+    def _call(self, index: int) -> dict[str, Tensor]:
+        call = forward_arguments(self.skeleton.model, self.batches[index], self.extras[index])
+        return {name: value.to(self.skeleton.device) for name, value in call.items()}
+
+    def _ended(self, index: int) -> list[Tensor]:
+        return [store.read(index, self.skeleton.device) for store in self.ended.values()]
 
     def _hidden(self, index: int, passing: bool) -> Tensor | None:
         if self.store is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import load_tokenizer, local_folder, named_dtype, window_length
@@ -35,6 +37,27 @@ def choose_dtype(name: str, reader: CheckpointReader, device: torch.device) -> t
     return torch.float32 if common == torch.float16 and device.type == "cpu" else common
 
 
+def forward_arguments(
+    model: PreTrainedModel, input_ids: Tensor, extra: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the model's forward is called with for one batch of windows.
+
+    A model with an encoder and a decoder gets the same tokens in both. One whose encoder takes something else than
+    tokens (sound, say) needs it in ``extra``; raises CalibrationError when it is not there.
+    """
+    call = dict(extra)
+    if model.main_input_name == "input_ids":
+        call["input_ids"] = input_ids
+    elif model.main_input_name not in extra:
+        raise CalibrationError(
+            f"{type(model).__name__} takes {model.main_input_name}, which a text does not give; calibrate with a "
+            "CalibrationSet that has them in extra, or use --method rtn"
+        )
+    if model.config.is_encoder_decoder:
+        call.setdefault("decoder_input_ids", input_ids)
+    return call
+
+
 def send_all_tokens_to_experts(skeleton: ModelSkeleton) -> None:
     """Calibrate every expert with every token; raises UsageError when the model has no experts."""
     if not skeleton.experts:
@@ -62,6 +85,7 @@ def calibration_windows(
     else:
         tokenizer = load_tokenizer(local_folder(skeleton.reader), trust_remote_code=trust_remote_code)
         windows = CalibrationSet.build(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    forward_arguments(skeleton.model, windows.input_ids, windows.extra)
     vocabulary = getattr(skeleton.model.get_input_embeddings(), "num_embeddings", windows.input_ids.max() + 1)
     low, high = int(windows.input_ids.min()), int(windows.input_ids.max())
     if low < 0 or high >= vocabulary:

@@ -169,8 +169,9 @@ def _flows(
         return None, None
     batches = windows.batches(BATCH_TOKENS)
     corrects = any(s.mismatch > 0 and s.method == "gptq" for s in schemes)
-    original = CalibrationFlow(skeleton, blocks, batches, "original") if corrects else None
-    return CalibrationFlow(skeleton, blocks, batches), original
+    extras = windows.extra_batches(BATCH_TOKENS)
+    original = CalibrationFlow(skeleton, blocks, batches, "original", extras) if corrects else None
+    return CalibrationFlow(skeleton, blocks, batches, extras=extras), original
 
 
 def _identity(

@@ -79,7 +79,7 @@ class Sensitivity:
                         for bits in BITS
                     ]
                     yield tuple(f"{block.name}.{n}" for n in part), choices
-            self.folder.forget_before(block.index)
+            self.folder.forget_before(block.index, self.flow.ended)
             self.skeleton.release(block.module)
             give_back()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,12 @@ class WorkFolder:
             state["output"]
         )
 
-    def forget_before(self, block: int) -> None:
-        """Remove the activations of all blocks but ``block``."""
+    def forget_before(self, block: int, ended: Iterable[int] = ()) -> None:
+        """Remove the activations of all blocks but ``block`` and those that ``ended`` a stack."""
+        kept = {str(index) for index in (block, *ended)}
         for path in self.path.glob("*-*.*"):
-            if path.suffix in (".activations", ".pattern", ".tmp") and path.stem.rpartition("-")[2] != str(
-                block
-            ):
+            ours = path.suffix in (".activations", ".pattern", ".tmp")
+            if ours and path.stem.rpartition("-")[2] not in kept:
                 path.unlink()
 
     def _pattern(self, flow: str, block: int) -> Path:
