@@ -21,7 +21,7 @@ from lightgptq.quantization.budget import activation_budget, host_budget
 from lightgptq.quantization.device import exact_on, peak_bytes
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
-from lightgptq.quantization.heap import give_back
+from lightgptq.quantization.heap import give_back, quick_collections
 from lightgptq.quantization.history import remember
 from lightgptq.quantization.journal import Journal
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
@@ -66,6 +66,7 @@ class QuantizeRun:
         layout = self.plan.layout(self.skeleton)
         with ExitStack() as stack:
             stack.enter_context(exact_on(self.skeleton.device))
+            stack.enter_context(quick_collections())
             self.writeback = WriteBack(threaded=on_gpu)
             folder = WorkFolder(output.partial, self.writeback)
             journal = folder.journal(self.job)
@@ -140,7 +141,7 @@ class QuantizeRun:
                 writer.sync()
                 journal.block_done(solver.records)
                 if self.flow is not None and index is not None:
-                    folder.forget_before(index)
+                    folder.forget_before(index, list(self.flow.ended))
 
         return task
 
@@ -154,7 +155,7 @@ class QuantizeRun:
             for flow in (self.flow, self.original):
                 if flow is not None:
                     flow.begin(folder, last)
-            folder.forget_before(last)
+            folder.forget_before(last, self.flow.ended)
 
     def _quantize_block(self, block: DecoderBlock, solver: GroupSolver, max_memory: int | None) -> None:
         linears = {n: m for n, m in block.linears().items() if f"{block.name}.{n}" in self.plan.schemes}
