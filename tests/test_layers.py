@@ -33,12 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "once": set(),
     "loading": {
-        *("errors", "core", "checkpoint", "ops", "linear", "companions", "skeleton", "sources", "texts"),
-        *("hf", "quantization", "once"),
+        *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "skeleton", "sources"),
+        *("texts", "hf", "quantization", "once"),
     },
     "evaluation": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
-        *("hf", "linear", "quantization"),
+        *("hf", "linear", "ops", "quantization"),
     },
     "hub": {"errors", "core", "checkpoint", "quantization", "evaluation"},
     "autogptq": {

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from lightgptq.errors import UsageError
-from lightgptq.ops.triton_layout import Tiling
+from lightgptq.ops.triton_layout import DENSE_ELEMENTS, Tiling
 from lightgptq.ops.triton_product import dequantize_kernel, product_kernel, reduce_kernel
 from lightgptq.ops.triton_table import Architecture, Tile, architecture, split
 
-# Elements of the weight that exist dequantized at one time: 2^26 are 128 MiB in float16.
-DENSE_ELEMENTS = 1 << 26
 # Up to this many rows the kernel looks inputs up through the index, beyond it x is permuted once.
 GATHER_ROWS = 16
 REDUCE_BLOCK = 1024

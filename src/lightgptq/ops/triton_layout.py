@@ -30,6 +30,8 @@ WASTE = 1.02
 # Groups of very different sizes would be filled up to the largest; beyond this factor the checkpoint's own
 # tensors are the better layout.
 LARGEST_GROWTH = 2
+# Elements of a weight that exist dequantized at one time, where it is multiplied so: 128 MiB in float16.
+DENSE_ELEMENTS = 1 << 26
 SPARE_PLANE = 15  # of 3 bits: made of the bits that five fields leave in each half
 
 
