@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.errors import CheckpointError, UsageError
 from lightgptq.hf import insert_quant_linears
+from lightgptq.layouts import ExpertLinears
 from lightgptq.linear import QuantLinear
 from lightgptq.loading.config import GPTQConfig
 from lightgptq.loading.on_load import mode_of, quantize_loaded
@@ -68,8 +69,9 @@ class LightGPTQQuantizer(HfQuantizer):
             _check_packed(model, reader, names)
         _untie(model, names)
         for name in names:
-            layer = model.get_submodule(name)
-            if isinstance(layer, QuantLinear) and layer.bias is not None:
+            layer: Any = model.get_submodule(name)
+            layer.weight = _nothing_to_initialise()
+            if layer.bias is not None:
                 layer.bias = layer.bias.to(model.dtype)
         return model
 
@@ -87,6 +89,7 @@ class LightGPTQQuantizer(HfQuantizer):
                     f"{name} was offloaded to the disk, which packed weights cannot be; "
                     "load without offload_buffers=True"
                 )
+            layer.__dict__.pop("weight", None)
             layer.prepare()
         return model
 
@@ -121,6 +124,17 @@ class LightGPTQQuantizer(HfQuantizer):
         return True
 
 
+def _nothing_to_initialise() -> torch.Tensor:
+    """A stand-in for a linear's weight while Transformers fills what a checkpoint lacks.
+
+    Some models initialise the weights of an attention layer's linears from outside (T5, GPT-2), but leave alone what is
+    marked as filled.
+    """
+    weight = torch.empty(0)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
 def _leave_out_absent(reader: CheckpointReader, model: PreTrainedModel) -> None:
     """Hide packed weights of modules that the model lacks when it is another class than the checkpoint's.
 
@@ -149,6 +163,15 @@ def _untie(model: PreTrainedModel, names: list[str]) -> None:
 def _check_packed(model: PreTrainedModel, reader: CheckpointReader, names: list[str]) -> None:
     """Refuse what Transformers would let pass: it casts scales without a word and makes up tensors that are missing."""
     sources = find_sources(model, reader.names())
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertLinears):
+            for leaf in (leaf for leaf in module.state_dict() if leaf.endswith(".weight")):
+                source = sources.get(f"{path}.{leaf}")
+                if source is not None and source.names != (f"{path}.{leaf}",):
+                    raise CheckpointError(
+                        f"{reader.label}: {source.names[0]} is an unquantized expert beside quantized ones, which "
+                        "Transformers would merge into a tensor of all experts; load it with lightgptq.load"
+                    )
     for name in names:
         for leaf, slot in model.get_submodule(name).state_dict().items():
             source = sources.get(f"{name}.{leaf}")
