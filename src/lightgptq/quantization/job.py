@@ -104,6 +104,11 @@ def quantize(
         lm_head=lm_head,
     )
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
+    if checkpoint_format == "gptq" and not all(s.sym for s in plan.schemes.values()):
+        note = (
+            "GPTQModel refuses asymmetric files of other tools in format gptq; for it give --format gptq_v2"
+        )
+        listener(Progress(0, len(blocks), "read", note=note))
     windows = None
     if target_bits is not None or any(s.method != "rtn" for s in plan.schemes.values()):
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
