@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lightgptq
 from lightgptq import QuantLinear, QuantScheme
-from lightgptq.errors import QuantizationError, UsageError
+from lightgptq.errors import CheckpointError, QuantizationError, UsageError
+from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization import job, run
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.passes import GroupInputs
@@ -234,6 +235,24 @@ def test_some_experts_of_a_fused_tensor_may_stay_unquantized(
     with torch.no_grad():
         want, have = (m(input_ids=windows.input_ids[:2]).logits for m in (model, loaded))
     assert float((want - have).abs().max()) <= 8e-5 * float(want.abs().max())
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Transformers loads GPTQ checkpoints with our layers while a test runs."""
+    register()
+    yield
+    unregister()
+
+
+def test_unquantized_experts_that_transformers_would_lose_are_an_error(
+    zoo_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path, registered: None
+) -> None:
+    rules = (r".*experts\.2\..*=skip",)
+    lightgptq.quantize(zoo_folder("mixtral"), tmp_path / "out", SCHEME, calibration=windows, rules=rules)
+    assert not lightgptq.load(tmp_path / "out").training
+    with pytest.raises(CheckpointError, match=r"w1.weight is an unquantized expert .* lightgptq.load"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def _weights(folder: Path) -> Path:
