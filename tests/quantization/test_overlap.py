@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def test_memory_that_runs_out_on_a_gpu_is_one_sentence_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 << 30)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -77,11 +77,12 @@ def add_gram_triton(H: Tensor, X: Tensor) -> None:
             f"H is {tuple(H.shape)} and X {tuple(X.shape)}; they must be (in, in) and (tokens, in)"
         )
     tiles = triton.cdiv(in_features, TILE)
-    gram_tile[(tiles, tiles)](
-        *(H, X.contiguous(), X.shape[0], in_features),
-        TILE=TILE,
-        TOKENS=TOKENS,
-        num_warps=8,
-        num_stages=3,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(H):
+        gram_tile[(tiles, tiles)](
+            *(H, X.contiguous(), X.shape[0], in_features),
+            TILE=TILE,
+            TOKENS=TOKENS,
+            num_warps=8,
+            num_stages=3,
+            enable_fp_fusion=True,
+        )

@@ -183,17 +183,18 @@ def sweep_triton(
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
         E = errors if end - start == block_size else errors[:, : end - start].contiguous()
-        sweep_block[(triton.cdiv(out_features, ROWS), batch)](
-            *(Wt, U, inverse, scales, zeros, group_of, codes, E, loss),
-            *(start, end, in_features, out_features, scales.shape[1], max_code),
-            ROWS=ROWS,
-            PART=PART,
-            AHEAD=AHEAD,
-            ROUNDER=ROUNDER,
-            num_warps=1,
-            **OPTIONS,
-            enable_fp_fusion=True,  # w - e u in one instruction; e itself is rounded once
-        )
+        with torch.cuda.device_of(W):
+            sweep_block[(triton.cdiv(out_features, ROWS), batch)](
+                *(Wt, U, inverse, scales, zeros, group_of, codes, E, loss),
+                *(start, end, in_features, out_features, scales.shape[1], max_code),
+                ROWS=ROWS,
+                PART=PART,
+                AHEAD=AHEAD,
+                ROUNDER=ROUNDER,
+                num_warps=1,
+                **OPTIONS,
+                enable_fp_fusion=True,  # w - e u in one instruction; e itself is rounded once
+            )
         if end < in_features:
             Wt[:, end:].baddbmm_(U[:, start:end, end:].transpose(1, 2), E, alpha=-1)
     return codes.transpose(1, 2).contiguous(), loss

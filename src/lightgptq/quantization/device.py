@@ -12,7 +12,7 @@ from lightgptq.errors import DeviceMemoryError
 
 @contextmanager
 def exact_on(device: torch.device) -> Iterator[None]:
-    """Full float32 products while active, and memory that runs out as DeviceMemoryError; nothing on a CPU.
+    """The current device, full float32 products, and memory that runs out as DeviceMemoryError; nothing on a CPU.
 
     TF32 keeps 10 bits of each factor; an error of 2^-11 per update of the sweep would decide codes.
     """
@@ -23,7 +23,8 @@ def exact_on(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        yield
+        with torch.cuda.device(device):  # Triton launches on the current one
+            yield
     except torch.OutOfMemoryError as error:
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         raise DeviceMemoryError(

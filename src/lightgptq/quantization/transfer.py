@@ -27,8 +27,8 @@ def host_copy(tensor: Tensor) -> Callable[[], Tensor]:
 
     def fetch() -> Tensor:
         stream = _stream(tensor.device, "out")
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         with torch.cuda.stream(stream):
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             stream.wait_event(ready)
             host.copy_(tensor, non_blocking=True)
         stream.synchronize()

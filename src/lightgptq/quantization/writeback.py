@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-WAITING_BYTES = 2 << 30  # what tasks may hold before the main thread waits: a few linears of a large model
+WAITING_BYTES = 512 << 20  # what tasks may hold before the main thread waits, on a GPU: a few linears
 
 
 class WriteBack:
