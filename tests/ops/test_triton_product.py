@@ -59,7 +59,7 @@ THOROUGH = [
         ),
         strict=False,
     )
-]
+][::5]
 
 
 def results(cases: list[Case]) -> dict[str, dict[str, float]]:
