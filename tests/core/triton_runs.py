@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.sweep_triton import sweep_triton
 
 # (out, in, bits, columns per block): one row; ragged parts (32 columns), blocks and programs (32 rows); more.
@@ -57,10 +59,11 @@ def activations(dtype: str, tokens: int, in_features: int) -> Tensor:
 def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
     """Two problems stacked: W (2, out, in), U (2, in, in), grid (2, groups, out), g_idx (2, in)."""
     parts = [problem(*shape) for shape in BATCH]
-    parts[1] = (correlated_problem(*BATCH[1][:2], seed=7)[0], *parts[1][1:])
-    W, U, grids, groups = zip(*parts, strict=True)
+    W, H = correlated_problem(*BATCH[1][:2], seed=7)  # problems of one shape would share W and U
+    parts[1] = (W, HessianFactor.build(H, QuantScheme()).U, *parts[1][2:])
+    weights, factors, grids, groups = zip(*parts, strict=True)
     grid = Grid(torch.stack([g.scales for g in grids]), torch.stack([g.zeros for g in grids]))
-    return torch.stack(W), torch.stack(U), grid, torch.stack(groups)
+    return torch.stack(weights), torch.stack(factors), grid, torch.stack(groups)
 
 
 def run(which: str, device: str) -> dict[Any, Any]:
@@ -78,7 +81,7 @@ def run(which: str, device: str) -> dict[Any, Any]:
     for case in SWEEPS[which]:
         results[case] = solve(*problem(*case[:3]), 2 ** case[2] - 1, case[3])
     results["batch"] = solve(*batch_problem(), 15)
-    ties = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e30]]) * 0.25
+    ties = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e12]]) * 0.25
     grid = Grid(torch.full((1, 1), 0.25), torch.full((1, 1), 4, dtype=torch.int32))
     results["ties"] = solve(ties, torch.eye(7), grid, torch.zeros(7, dtype=torch.int32), 15)
     for dtype, tokens, in_features in GRAMS:
