@@ -33,7 +33,7 @@ from lightgptq.quantization.report import REPORT_FILE, QuantReport
 from lightgptq.quantization.solve import GroupSolver
 from lightgptq.quantization.timing import stage
 from lightgptq.quantization.workfolder import WorkFolder
-from lightgptq.quantization.writeback import AT_ONCE, WriteBack
+from lightgptq.quantization.writeback import AT_ONCE, WAITING_BYTES, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 
@@ -214,11 +214,15 @@ class QuantizeRun:
     def _resident_bytes(
         self, block: DecoderBlock, groups: list[LinearGroup], linears: dict[str, nn.Linear], lanes: int
     ) -> int:
-        """What the run holds besides activations: the workspace of a group, and on a GPU the next block."""
+        """What the run holds besides activations: a group's workspace, on a GPU the next block and what is written."""
         if self.skeleton.device.type != "cuda":
             return _workspace_bytes(([m] for m in linears.values()), lanes)
         following = sum(p.nbytes for p in block.module.parameters())
-        return following + _workspace_bytes(([linears[n] for n in g.names] for g in groups), lanes)
+        return (
+            following
+            + WAITING_BYTES
+            + _workspace_bytes(([linears[n] for n in g.names] for g in groups), lanes)
+        )
 
     def _independent(self, block: DecoderBlock) -> set[str]:
         """Paths inside the block of lists of experts."""
