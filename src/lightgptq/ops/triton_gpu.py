@@ -111,11 +111,15 @@ def launch_product(
         BLOCK_M=tile.block_m,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,
     )
     if splits > 1:
         size = y.numel()
         reduce_kernel[(-(-size // REDUCE_BLOCK),)](
-            partial, bias, y, size, out_features, splits, HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK
+            *(partial, bias, y, size, out_features, splits),
+            HAS_BIAS=bias is not None,
+            BLOCK=REDUCE_BLOCK,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -171,6 +175,7 @@ def _dequantize_rows(weight: Sequence[Tensor], tiling: Tiling, run: slice, W: Te
         HAS_ZEROS=zeros.numel() > 0,
         HAS_INDEX=index.numel() > 0,
         BLOCK_N=DEQUANTIZE_OUTPUTS,
+        enable_fp_fusion=True,
     )
 
 
