@@ -86,13 +86,17 @@ def fill_buffers(model: PreTrainedModel, device: torch.device | str = "cpu") -> 
             ):
                 setattr(module, f"original_{name}", torch.empty_like(buffer, device=device))
         _initialise_alone(owners[module], module)
+        if any(_has_nan(module._buffers[name]) for name in absent):  # some models do it from further outside
+            _initialise_alone(owners[module], owners[module])
         for name in absent:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            if buffer.is_floating_point() and buffer.isnan().any():
+            if _has_nan(module._buffers[name]):
                 raise UnsupportedModelError(
                     f"buffer {path}.{name} is in no checkpoint and {type(owners[module]).__name__} does not compute it"
                 )
+
+
+def _has_nan(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any())
 
 
 def _is_derived(module: nn.Module, name: str) -> bool:

@@ -38,10 +38,15 @@ class DecoderBlock:
     stack: int = 0
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The block's linear layers by their name inside it, without those that choose among experts."""
+        """The block's linear layers by their name inside it, without those that choose among experts.
+
+        A subclass with a forward of its own does something else, or more.
+        """
         gates = _gates(self.module)
         return {
-            name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear) and m not in gates
+            name: m
+            for name, m in self.module.named_modules()
+            if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and m not in gates
         }
 
 

@@ -71,15 +71,16 @@ class CalibrationFlow:
         """
         assert self.folder is not None
         first: BlockInput | None = None
+        windows = 0  # in the batch that came first
         pattern: BlockOutput | None = None
         following: ActivationStore | None = None
 
         def inputs(index: int) -> BlockInput:
-            nonlocal first
+            nonlocal first, windows
             hidden, ended = self._hidden(index, keep), self._ended(index)
             entered = self.walk.enter(block.index, self._call(index), hidden, ended)
             if first is None:
-                first = BlockInput(entered.args, entered.kwargs)
+                first, windows = BlockInput(entered.args, entered.kwargs), len(self.batches[index])
             else:
                 entered.share_with(first)
             return entered
@@ -89,7 +90,7 @@ class CalibrationFlow:
             if pattern is None or following is None:
                 assert first is not None
                 assert self.folder is not None
-                shapes = [(len(ids), *first.hidden().shape[1:]) for ids in self.batches]
+                shapes = _shapes(first.hidden().shape, windows, [len(ids) for ids in self.batches])
                 pattern = BlockOutput.of(returned, shapes[index])
                 hidden = pattern.take(returned)
                 following = self.folder.store(self.name, block.index, shapes, hidden.dtype)
@@ -150,3 +151,12 @@ class CalibrationFlow:
         if self.store is None:
             return None
         return self.store.read(index, self.skeleton.device, once=passing and self.once)
+
+
+def _shapes(shape: tuple[int, ...], windows: int, sizes: list[int]) -> list[tuple[int, ...]]:
+    """The hidden states' shape in batches of these sizes, from that in a batch of ``windows``.
+
+    The windows are counted in the first dimension of that size: some models have others before it.
+    """
+    at = shape.index(windows)
+    return [(*shape[:at], size, *shape[at + 1 :]) for size in sizes]
