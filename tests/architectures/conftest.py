@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.architectures.zoo import BUILDERS, randomise, windows_for
+from tests.architectures.zoo import BUILDERS, MORE, randomise, windows_for
 
 from lightgptq.quantization.calibration import CalibrationSet
 
@@ -24,7 +24,7 @@ def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("zoo") / name
-            randomise(BUILDERS[name]()).save_pretrained(made[name])
+            randomise({**BUILDERS, **MORE}[name]()).save_pretrained(made[name])
         return made[name]
 
     return folder

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.architectures.plain import write_plain
-from tests.architectures.zoo import BUILDERS, STACKS, TOWERS, windows_for
+from tests.architectures.zoo import BUILDERS, MORE, STACKS, TOWERS, windows_for
 from tests.folders import contents
 from torch import Tensor, nn
 
@@ -31,9 +31,10 @@ from lightgptq.skeleton import ModelSkeleton
 
 EIGHT = QuantScheme(bits=8, group_size=32)
 FOUR = QuantScheme(bits=4, group_size=32)
+ALL = [*BUILDERS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ALL)
 def test_at_8_bits_the_logits_stay_close(
     name: str, zoo_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -103,7 +104,7 @@ def _compare_with_rounding(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[f
     return losses
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_walking_from_block_to_block_is_the_models_own_forward(
     name: str, zoo_folder: Callable[[str], Path], tmp_path: Path

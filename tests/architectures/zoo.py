@@ -229,6 +229,94 @@ STACKS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+# Beyond what is asked for: layouts and habits that the others do not have.
+MORE: dict[str, Callable[[], PreTrainedModel]] = {
+    # a shared expert behind a gate of one output
+    "qwen2-moe": _build(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        **_USUAL,
+        **_EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=32,
+    ),
+    # experts in one tensor under another name
+    "granitemoe": _build(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        **{**_USUAL, "intermediate_size": 32},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    # experts without a gate, layers of three kinds
+    "nemotron-h": _build(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        **{name: value for name, value in _USUAL.items() if name != "num_hidden_layers"},
+        layers_block_type=["attention", "moe", "mamba"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        head_dim=16,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+    ),
+    # experts in a layout of their own, a router that is a linear with a forward of its own
+    "llama4": _build(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        **_USUAL,
+        intermediate_size_mlp=INNER,
+        num_local_experts=4,
+        head_dim=16,
+    ),
+    # hidden states with a dimension before the windows
+    "gemma3n": _build(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        **{**_USUAL, "num_hidden_layers": 5},
+        head_dim=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention"] * 4 + ["full_attention"],
+        activation_sparsity_pattern=[0.0] * 5,
+    ),
+    # buffers that the model computes for its layers
+    "falcon-h1": _build(
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        **_USUAL,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    ),
+    "gptbigcode": _build("GPTBigCodeForCausalLM", "GPTBigCodeConfig", **_OLDER),
+    "modernbert": _build(
+        "ModernBertForMaskedLM", "ModernBertConfig", **_USUAL, cls_token_id=0, sep_token_id=1
+    ),
+    "bart": _build(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_position_embeddings=128,
+        **_TOKENS,
+    ),
+}
+
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights large enough that every layer matters, biases and norms away from their neutral values.
