@@ -140,3 +140,27 @@ def test_quantize_warns(
     with caplog.at_level(logging.WARNING, "lightgptq"):
         lightgptq.quantize(model_folder("llama"), tmp_path / "b", scheme, rules=(".*v_proj=bits:8",))
     assert "q_proj, k_proj, v_proj are served as one layer" in caplog.text
+
+
+EXPERTS = [f"model.layers.0.mlp.experts.{e}.{leaf}_proj" for e in range(3) for leaf in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "loads"),
+    [
+        ((), True),
+        ((r".*experts=bits:8",), True),
+        ((r".*experts=skip",), True),
+        ((r".*down_proj=bits:8",), False),
+        ((r".*experts\.1\.=bits:8",), False),
+        ((r".*experts\.1\.=skip",), False),
+        ((r".*experts\.\d+\.=bits:8",), False),  # does not match what the experts are served as
+    ],
+)
+def test_all_experts_of_a_block_are_one_layer(rules: tuple[str, ...], loads: bool) -> None:
+    config = GPTQCheckpointConfig.from_scheme(BASE, version="0", dynamic=parse_rules(rules))
+    overrides = {name: config.rule_for(name) for name in EXPERTS}
+    schemes = {n: BASE.with_overrides(dict(o)) for n, o in overrides.items() if o is not None}
+    conflicts = fused_conflicts(EXPERTS, schemes, config)
+    assert len(conflicts) == (0 if loads else 1)
+    assert all("all experts" in sentence for sentence in conflicts)
