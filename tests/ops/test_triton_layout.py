@@ -13,6 +13,7 @@ from tests.oracles import random_quantized
 
 from lightgptq import ops
 from lightgptq.checkpoint.packing import pack
+from lightgptq.errors import UsageError
 from lightgptq.ops.triton_layout import Tiling, from_triton, to_triton
 
 
@@ -77,6 +78,16 @@ def test_groups_of_very_different_sizes_are_left_to_the_reference() -> None:
     packed = pack(q, "gptq")
     packed.g_idx[:4000] = 0
     assert to_triton(packed, 4, "gptq") is None
+
+
+def test_tensors_that_do_not_fit_get_a_sentence() -> None:
+    packed = pack(random_quantized(40, 96, 4, 32, sym=True, act_order=False), "gptq_v2")
+    packed.g_idx = packed.g_idx + 1
+    with pytest.raises(UsageError, match="g_idx names groups 1 to 3; there are 3"):
+        to_triton(packed, 4, "gptq_v2")
+    packed.qweight = packed.qweight[:-1]
+    with pytest.raises(UsageError, match=r"qweight has shape .* expected \(12, 40\)"):
+        to_triton(packed, 4, "gptq_v2")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightgptq.checkpoint.packing import CHUNK_CODES, PackedWeight, pack, unpack_rows
+from lightgptq.checkpoint.packing import CHUNK_CODES, PackedWeight, num_words, pack, unpack_rows
 from lightgptq.core.types import QuantizedWeight
+from lightgptq.errors import UsageError
 from lightgptq.ops.weight import TRITON_LAYOUT, PreparedWeight
 
 # Words of a slice, the best first. At 3 bits a block has 16 slices, and with 16 words each the pipeline's copies of
@@ -93,8 +94,8 @@ class Tiling:
 def to_triton(packed: PackedWeight, bits: int, checkpoint_format: str) -> PreparedWeight | None:
     """Repack a checkpoint's tensors on the device they are on, a few million codes at a time.
 
-    Returns None when groups differ so much in size that filling them up would more than double the weight.
-    Otherwise tensors are
+    Returns None when groups differ so much in size that filling them up would more than double the weight. Raises
+    UsageError for tensors that do not fit together. Tensors of the result are
 
     words   int32 (blocks, 3 or 1, out, pairs)
     scales  (groups, out), the checkpoint's own
@@ -104,6 +105,11 @@ def to_triton(packed: PackedWeight, bits: int, checkpoint_format: str) -> Prepar
     in_features, out_features = packed.g_idx.numel(), packed.scales.shape[1]
     g_idx = packed.g_idx.long()
     groups = packed.scales.shape[0]
+    _check_shape("qweight", packed.qweight, (num_words(in_features, bits), out_features))
+    _check_shape("qzeros", packed.qzeros, (groups, num_words(out_features, bits)))
+    lowest, highest = (int(bound) for bound in torch.aminmax(g_idx))
+    if lowest < 0 or highest >= groups:
+        raise UsageError(f"g_idx names groups {lowest} to {highest}; there are {groups}")
     counts = torch.bincount(g_idx, minlength=groups)
     width = int(counts.max())
     in_order = bool((g_idx == torch.arange(in_features, device=g_idx.device) // width).all())
@@ -173,6 +179,11 @@ def choose_tiling(bits: int, width: int, groups: int) -> Tiling:
     """The tiling of ``groups`` groups of at most ``width`` inputs."""
     best, *shorter = (Tiling.fit(bits, pairs, width, groups) for pairs in PAIRS[bits])
     return next((t for t in shorter if best.inputs > WASTE * t.inputs), best)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
 def _in_order(in_features: int, tiling: Tiling, device: torch.device) -> Tensor:
