@@ -3,7 +3,7 @@
     python -m bench.bench_gpu_compile [--bits 2,3,4,8] [--block-n 32,64,128] [--warps 2,4] [--no-append]
 
 For sm_80 and sm_90, whose machine code Triton's own ptxas makes and its nvdisasm shows. A multiprocessor issues 128
-lanes a clock, so that 128 divided by this number is the most weights a clock that it can take in: an upper limit, not a time.
+lanes a clock: 128 divided by this number is the most weights a clock that it can take in, an upper limit, not a time.
 Appends to bench/results/gpu_compile.jsonl.
 """
 
