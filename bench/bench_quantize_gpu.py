@@ -151,6 +151,7 @@ def measure(name: str, work: Path, device: torch.device, options: argparse.Names
         "seconds_per_block": round(overlapped, 4),
         "peak_device_bytes": peak,
         "goal_gib": goal,
+        "within_goal": None if peak is None or goal is None else peak <= goal * 2**30,
         "rates": {rate: float(f"{value:.4g}") for rate, value in rates.per_second.items()},
     }
     other = max(0.0, wall - sum(row["seconds"] for row in rows.values()))

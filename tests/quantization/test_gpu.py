@@ -29,7 +29,7 @@ def quantize(
     return lightgptq.quantize(source, out, scheme, calibration=windows, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "gpt-neox"])
 @pytest.mark.parametrize(
     "scheme",
     [

@@ -17,8 +17,9 @@ from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
 from lightgptq.quantization.blocks import DecoderBlock, find_blocks
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.device import exact_on
 from lightgptq.quantization.flow import CalibrationFlow
-from lightgptq.quantization.heap import large_tensors_mapped
+from lightgptq.quantization.heap import large_tensors_mapped, quick_collections
 from lightgptq.quantization.inputs import (
     calibration_windows,
     choose_device,
@@ -127,7 +128,12 @@ def quantize(
             Progress(len(blocks), len(blocks), "publish", note=f"{out} is already finished; nothing to do")
         )
     else:
-        with OutputFolder(out, replace=restart) as output, large_tensors_mapped():
+        with (
+            OutputFolder(out, replace=restart) as output,
+            large_tensors_mapped(),
+            quick_collections(),
+            exact_on(skeleton.device),
+        ):
             if restart:
                 output.discard()
             if target_bits is not None and windows is not None:

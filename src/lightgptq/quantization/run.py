@@ -18,10 +18,10 @@ from lightgptq.core.hessian import HessianAccumulator
 from lightgptq.errors import QuantizationError
 from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.quantization.budget import activation_budget, host_budget
-from lightgptq.quantization.device import exact_on, peak_bytes
+from lightgptq.quantization.device import peak_bytes
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.groups import LinearGroup, discover_groups
-from lightgptq.quantization.heap import give_back, quick_collections
+from lightgptq.quantization.heap import give_back
 from lightgptq.quantization.history import remember
 from lightgptq.quantization.journal import Journal
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
@@ -65,8 +65,6 @@ class QuantizeRun:
         on_gpu = self.skeleton.device.type == "cuda"
         layout = self.plan.layout(self.skeleton)
         with ExitStack() as stack:
-            stack.enter_context(exact_on(self.skeleton.device))
-            stack.enter_context(quick_collections())
             self.writeback = WriteBack(threaded=on_gpu)
             folder = WorkFolder(output.partial, self.writeback)
             journal = folder.journal(self.job)
