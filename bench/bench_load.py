@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the checkpoint is kept")
     parser.add_argument("--no-append", action="store_true")
     options = parser.parse_args()
+    busy = os.getloadavg()[0]  # of others: a machine that is not idle slows every tool down
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,14 @@ def main() -> None:
         )
         print(f"{row['tool']:>14}  {times}  peak {row['peak_gb']:.2f} GB  {', '.join(row['layers'])}")
     if not options.no_append:
-        append("load", {"benchmark": "load", "bytes": size, "repeats": options.repeats, "rows": rows})
+        figures = {
+            "benchmark": "load",
+            "bytes": size,
+            "repeats": options.repeats,
+            "load_average": busy,
+            "rows": rows,
+        }
+        append("load", figures)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,13 @@ def test_how_to_run_it(checkpoint: Path) -> None:
         compile(code.split("```")[0], "card", "exec")
 
 
+def test_how_to_run_a_branch(checkpoint: Path) -> None:
+    text = section(lightgptq.model_card(checkpoint, "org/name", revision="four-bits"), "How to run it")
+    assert text.count('"org/name", revision="four-bits"') == 3
+    assert text.count("org/name --revision four-bits") == 3
+    assert "revision" not in lightgptq.model_card(checkpoint, "org/name", revision="main")
+
+
 @pytest.mark.parametrize(
     ("fields", "rules", "says"),
     [
@@ -147,7 +154,14 @@ def test_a_checkpoint_of_another_tool(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"repo": "a/b/c"}, {"repo": "a b"}, {"base_model": "x\ny: z"}, {"license": "mit\nx: y"}]
+    "fields",
+    [
+        {"repo": "a/b/c"},
+        {"repo": "a b"},
+        {"base_model": "x\ny: z"},
+        {"license": "mit\nx: y"},
+        {"revision": "a b"},
+    ],
 )
 def test_names_that_the_hub_would_refuse(fields: dict[str, str], checkpoint: Path) -> None:
     options = {"repo": "org/name"} | fields

@@ -27,6 +27,7 @@ class CardFacts:
     """All that a card says.
 
     repo        name on the hub
+    revision    branch that it lies on, None for main
     base_model  hub name of the original, None when nobody said
     commit      of the original
     license     of the original, as the hub names licences
@@ -35,6 +36,7 @@ class CardFacts:
     """
 
     repo: str
+    revision: str | None
     base_model: str | None
     commit: str | None
     license: str | None
@@ -51,6 +53,7 @@ class CardFacts:
         checkpoint: str | Path,
         repo: str,
         *,
+        revision: str | None = None,
         base_model: str | None = None,
         license: str | None = None,
         figures: Sequence[SavedFigures] | None = None,
@@ -59,6 +62,8 @@ class CardFacts:
         for name in (repo, base_model):
             if name is not None and REPO_NAME.fullmatch(name) is None:
                 raise UsageError(f"{name!r} is no name on the hub; give ORGANISATION/NAME")
+        if revision is not None and re.fullmatch(r"[\w./-]+", revision) is None:
+            raise UsageError(f"revision {revision!r} is no name of a branch")
         if license is not None and re.fullmatch(r"[\w.-]+", license) is None:
             raise UsageError(
                 f"license {license!r} is no identifier of the hub, such as apache-2.0 or llama3.2"
@@ -72,6 +77,7 @@ class CardFacts:
         source: dict[str, Any] = report.job.get("source", {}) if report is not None else {}
         return cls(
             repo=repo,
+            revision=None if revision == "main" else revision,
             base_model=base_model or source.get("repo_id"),
             commit=source.get("commit") if base_model in (None, source.get("repo_id")) else None,
             license=license,
@@ -88,6 +94,7 @@ def model_card(
     checkpoint: str | Path,
     repo: str,
     *,
+    revision: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
     figures: Sequence[SavedFigures] | None = None,
@@ -96,13 +103,16 @@ def model_card(
 
     checkpoint  its folder
     repo        its name on the hub
+    revision    branch that it will lie on, for the commands that load it
     base_model  hub name of the original; by default what quant_report.json says
     license     of the original, as the hub names licences; by default left out
     figures     evaluation results; by default those that ``lightgptq eval --save`` left in the folder
 
     Raises UsageError for a name that the hub would refuse, CheckpointError for a folder without a checkpoint.
     """
-    facts = CardFacts.read(checkpoint, repo, base_model=base_model, license=license, figures=figures)
+    facts = CardFacts.read(
+        checkpoint, repo, revision=revision, base_model=base_model, license=license, figures=figures
+    )
     sections = (_front_matter, _title, _scheme, _calibration, _quality, _running)
     return "\n\n".join(filter(None, (section(facts) for section in sections))) + "\n"
 
@@ -201,7 +211,8 @@ def _quality(facts: CardFacts) -> str:
 
 
 def _running(facts: CardFacts) -> str:
-    repo = facts.repo
+    repo, branch = facts.repo, facts.revision
+    given, option = (f', revision="{branch}"', f" --revision {branch}") if branch is not None else ("", "")
     return f"""## How to run it
 
 With Transformers:
@@ -211,8 +222,8 @@ import lightgptq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 lightgptq.register()  # Transformers then loads GPTQ checkpoints with lightgptq's kernels
-model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}"{given}, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{given})
 ```
 
 With lightgptq alone, from Python and from a shell:
@@ -220,18 +231,18 @@ With lightgptq alone, from Python and from a shell:
 ```python
 import lightgptq
 
-model = lightgptq.load("{repo}")
+model = lightgptq.load("{repo}"{given})
 ```
 
-    lightgptq generate {repo} --prompt "Once upon a time"
+    lightgptq generate {repo}{option} --prompt "Once upon a time"
 
 With vLLM:
 
-    vllm serve {repo}
+    vllm serve {repo}{option}
 
 {_vllm_notes(facts)}With TGI:
 
-    text-generation-launcher --model-id {repo} --quantize gptq
+    text-generation-launcher --model-id {repo}{option} --quantize gptq
 
 {_tgi_notes(facts)}""".rstrip()
 

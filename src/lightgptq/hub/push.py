@@ -64,7 +64,9 @@ def push_to_hub(
     or cannot be reached; the token never stands in a message.
     """
     folder = Path(checkpoint)
-    content = model_card(folder, repo, base_model=base_model, license=license, figures=figures)
+    content = model_card(
+        folder, repo, revision=revision, base_model=base_model, license=license, figures=figures
+    )
     card = folder / CARD_FILE
     new_card = rewrite_card or not card.exists()
     if new_card:
