@@ -11,6 +11,7 @@ from lightgptq.cli.output import human_bytes, show_fields, show_json
 from lightgptq.errors import UsageError
 from lightgptq.evaluation.result import evaluate
 from lightgptq.evaluation.saved import save_figures
+from lightgptq.evaluation.tasks import evaluate_tasks
 
 
 def command(
@@ -28,11 +29,38 @@ def command(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the figures in MODEL's folder, for its card on the hub.")
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Score lm-evaluation-harness tasks instead, separated by commas."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="--tasks: where task files of your own are.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="--tasks: examples of each task.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Measure MODEL on a text: perplexity and, with --reference, KL divergence and top-1 agreement."""
+    """Measure MODEL on a text (perplexity; with --reference KL divergence and top-1 agreement) or on tasks."""
     if save and not Path(model).is_dir():
         raise UsageError(f"--save: {model} is no folder on this machine; download it first")
+    if tasks is None and (task_folder is not None or limit is not None):
+        raise UsageError("--task-folder and --limit belong to --tasks; name the tasks")
+    if tasks is not None:
+        if reference is not None or save:
+            raise UsageError("--tasks scores one model by itself; leave --reference and --save out")
+        where: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
+        scores = evaluate_tasks(
+            model,
+            tasks.split(","),
+            folder=task_folder,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            **where,
+        )
+        if as_json:
+            show_json({"tasks": scores})
+        for task, metrics in {} if as_json else scores.items():
+            show_fields({name: f"{value:.4f}" for name, value in metrics.items()}, title=task)
+        return
     options: dict[str, Any] = {
         "seq_len": seq_len,
         "max_tokens": max_tokens,
