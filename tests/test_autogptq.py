@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,6 +106,26 @@ def test_the_wrapper_is_the_model_in_all_else(checkpoint: Path) -> None:
     assert torch.equal(model.to("cpu")(input_ids=ids).logits, expected)
     with pytest.raises(AttributeError):
         _ = model.no_such_attribute
+
+
+def test_an_old_folder_of_autogptq(checkpoint: Path, tmp_path: Path) -> None:
+    """Its file's name, the config in quantize_config.json only, without checkpoint_format."""
+    folder = tmp_path / "old"
+    shutil.copytree(checkpoint, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    config = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
+    config |= {"static_groups": False, "true_sequential": True, "model_name_or_path": None}
+    config |= {"model_file_base_name": "gptq_model-4bit-32g", "is_marlin_format": False}
+    (folder / "quantize_config.json").write_text(json.dumps(config))
+    model = AutoGPTQForCausalLM.from_quantized(folder, device="cpu", use_safetensors=True)
+    want = lightgptq.load(checkpoint).state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+    model.save_quantized(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]["bits"] == 4
+    assert lightgptq.load(tmp_path / "new").state_dict().keys() == want.keys()
 
 
 def test_a_loaded_model_is_saved_again(checkpoint: Path, tmp_path: Path) -> None:

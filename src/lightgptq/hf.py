@@ -87,6 +87,8 @@ def _load_quantized(
     if model.can_generate() and (local_folder(reader) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(local_folder(reader)))
     model.config.name_or_path = str(local_folder(reader))
+    # Old folders keep it in a file of its own, which save_pretrained does not know.
+    model.config.quantization_config = quantization.to_dict()
     return model.eval()
 
 
