@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # ruff: noqa: E402 - what follows needs Triton
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -86,3 +87,41 @@ def test_hessian_compiles_without_spills_to_matrix_instructions(target: str, tmp
     assert spilled(found, tmp_path) == 0
     text = found.asm.get("ptx") or found.asm["amdgcn"]
     assert re.search(r"wgmma\.mma_async|mma\.sync|v_mfma_f32", text)
+
+
+class _Elsewhere:
+    """A driver for a GPU that is not there: enough for the launcher to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["sm_90"]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_the_launcher_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument kinds, options and alignments as in a real launch, up to the launch itself."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Elsewhere())
+    W, U, column = torch.empty(1, 40, 33), torch.empty(1, 40, 40), torch.empty(1, 40)
+    scales, row = torch.empty(1, 2, 33), torch.empty(1, 33)
+    found = sweep_triton.sweep_block.warmup(
+        *(W, U, column, scales, scales, column.int(), W.byte(), W, row, 0, 40, 40, 33, 2, 15),
+        **SWEEP_CONSTANTS,
+        grid=(2, 1),
+        num_warps=1,
+        maxnreg=255,
+        enable_fp_fusion=True,
+    )
+    assert found.metadata.maxnreg == 255
+    X = torch.empty(10, 48, dtype=torch.bfloat16)
+    gram_triton.gram_tile.warmup(
+        *(torch.empty(48, 48), X, 10, 48),
+        **GRAM_CONSTANTS,
+        grid=(1, 1),
+        num_warps=8,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )

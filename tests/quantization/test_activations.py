@@ -11,6 +11,7 @@ from torch import Tensor
 from lightgptq.errors import CheckpointError
 from lightgptq.quantization import activations
 from lightgptq.quantization.activations import ActivationStore
+from lightgptq.quantization.workfolder import WorkFolder
 from lightgptq.quantization.writeback import WriteBack
 
 SHAPES = [(2, 3, 4)] * 5 + [(1, 3, 4)]
@@ -79,3 +80,15 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     store.write(0, records()[0])
     with pytest.raises(CheckpointError, match="truncated"):
         store.read(1)
+
+
+def test_forgetting_a_block_leaves_what_is_being_written_after_it(tmp_path: Path) -> None:
+    """The writing thread forgot all blocks but its own, the next one's open file among them: a kill lost it."""
+    folder = WorkFolder(tmp_path)
+    for block in range(4):
+        folder.store("quantized", block, SHAPES, torch.bfloat16).close()
+        folder.store("original", block, SHAPES, torch.bfloat16).close()
+    folder.forget_before(2, ended=[0])
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        f"{flow}-{block}" for flow in ("quantized", "original") for block in (0, 2, 3)
+    }

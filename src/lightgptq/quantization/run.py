@@ -133,13 +133,14 @@ class QuantizeRun:
         journal: Journal,
     ) -> Callable[[], None]:
         """What makes a block (None: the head) count as done, once everything of it has been written."""
+        ended = [] if self.flow is None else list(self.flow.ended)
 
         def task() -> None:
             with stage("write"):
                 writer.sync()
                 journal.block_done(solver.records)
                 if self.flow is not None and index is not None:
-                    folder.forget_before(index, list(self.flow.ended))
+                    folder.forget_before(index, ended)
 
         return task
 

@@ -79,12 +79,16 @@ class WorkFolder:
         )
 
     def forget_before(self, block: int, ended: Iterable[int] = ()) -> None:
-        """Remove the activations of all blocks but ``block`` and those that ``ended`` a stack."""
-        kept = {str(index) for index in (block, *ended)}
+        """Remove the activations of the blocks before ``block`` but those that ``ended`` a stack.
+
+        Later ones stay: the next block's may be on their way while this one's are being written.
+        """
+        kept = set(ended)
         for path in self.path.glob("*-*.*"):
-            ours = path.suffix in (".activations", ".pattern", ".tmp")
-            if ours and path.stem.rpartition("-")[2] not in kept:
-                path.unlink()
+            if path.suffix in (".activations", ".pattern", ".tmp"):
+                number = int(path.stem.rpartition("-")[2])
+                if number < block and number not in kept:
+                    path.unlink()
 
     def _pattern(self, flow: str, block: int) -> Path:
         return self.path / f"{flow}-{block}.pattern"
