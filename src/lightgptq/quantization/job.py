@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,6 @@ def quantize(
     if moe_all_experts:
         send_all_tokens_to_experts(skeleton)
     blocks = find_blocks(skeleton.model)
-    for path in skeleton.unknown:
-        note = f"{path} holds 3-D weights in a layout that is not known; they stay as they are"
-        listener(Progress(0, len(blocks), "read", note=note))
     config = GPTQCheckpointConfig.from_scheme(
         scheme,
         version=__version__,
@@ -105,17 +104,11 @@ def quantize(
         lm_head=lm_head,
     )
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
-    if checkpoint_format == "gptq" and not all(s.sym for s in plan.schemes.values()):
-        note = (
-            "GPTQModel refuses asymmetric files of other tools in format gptq; for it give --format gptq_v2"
-        )
-        listener(Progress(0, len(blocks), "read", note=note))
     windows = None
     if target_bits is not None or any(s.method != "rtn" for s in plan.schemes.values()):
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
-        if windows.samples < windows.asked:
-            note = f"{windows.source} gives {windows.samples} windows of {windows.seq_len} tokens"
-            listener(Progress(0, len(blocks), "read", note=f"{note}; {windows.asked} were asked for"))
+    for note in _notes(skeleton, plan, windows):
+        listener(Progress(0, len(blocks), "read", note=note))
     job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
     job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits}
     job["allotted"] = {} if target_bits is None else None if restart else previous_allotment(out, job)
@@ -124,25 +117,18 @@ def quantize(
         OutputFolder.tidy(out)
         if strict:
             report.require_no_problems()
-        listener(
-            Progress(len(blocks), len(blocks), "publish", note=f"{out} is already finished; nothing to do")
-        )
+        note = f"{out} is already finished; nothing to do"
+        listener(Progress(len(blocks), len(blocks), "publish", note=note))
     else:
-        with (
-            OutputFolder(out, replace=restart) as output,
-            large_tensors_mapped(),
-            quick_collections(),
-            exact_on(skeleton.device),
-        ):
+        with OutputFolder(out, replace=restart) as output, _settings(skeleton):
             if restart:
                 output.discard()
-            if target_bits is not None and windows is not None:
-                if job["allotted"] is None:
-                    job["allotted"] = allotted_rules(
-                        skeleton, blocks, plan, target_bits, windows, output.partial, listener
-                    )
-                config = replace(config, dynamic={**job["allotted"], **config.dynamic})
-                plan = QuantPlan.build(skeleton, blocks, config, scheme)
+            if target_bits is not None and windows is not None and job["allotted"] is None:
+                job["allotted"] = allotted_rules(
+                    skeleton, blocks, plan, target_bits, windows, output.partial, listener
+                )
+            config = replace(config, dynamic={**job["allotted"], **config.dynamic})
+            plan = QuantPlan.build(skeleton, blocks, config, scheme)
             _warn_of_conflicts(blocks, plan)
             flow, original = _flows(skeleton, blocks, plan, windows)
             run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
@@ -163,6 +149,24 @@ def _open(
     target = choose_device(device)
     compute = choose_dtype(dtype, reader, target)
     return ModelSkeleton.open(reader, dtype=compute, device=target, trust_remote_code=trust_remote_code)
+
+
+def _notes(skeleton: ModelSkeleton, plan: QuantPlan, windows: CalibrationSet | None) -> Iterator[str]:
+    """What a user may want to know before the work starts."""
+    for path in skeleton.unknown:
+        yield f"{path} holds 3-D weights in a layout that is not known; they stay as they are"
+    if plan.config.checkpoint_format == "gptq" and not all(s.sym for s in plan.schemes.values()):
+        yield "GPTQModel refuses asymmetric files of other tools in format gptq; for it give --format gptq_v2"
+    if windows is not None and windows.samples < windows.asked:
+        given = f"{windows.source} gives {windows.samples} windows of {windows.seq_len} tokens"
+        yield f"{given}; {windows.asked} were asked for"
+
+
+@contextmanager
+def _settings(skeleton: ModelSkeleton) -> Iterator[None]:
+    """How this process allocates, collects and multiplies while a run lasts."""
+    with large_tensors_mapped(), quick_collections(), exact_on(skeleton.device):
+        yield
 
 
 def _warn_of_conflicts(blocks: list[DecoderBlock], plan: QuantPlan) -> None:
