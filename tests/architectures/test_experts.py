@@ -10,15 +10,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tests.architectures.plain import dequantized_tensors, fuse_experts
-from tests.architectures.zoo import MIXTURES
+from tests.architectures.zoo import MIXTURES, MORE
 from tests.folders import contents
 from torch import Tensor, nn
 
 import lightgptq
 from lightgptq import QuantLinear, QuantScheme
 from lightgptq.errors import CheckpointError, QuantizationError, UsageError
+from lightgptq.layouts import expand_experts
 from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization import job, run
+from lightgptq.quantization.blocks import find_blocks
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.progress import Progress
@@ -136,6 +138,17 @@ def test_an_expert_without_tokens_is_reported_and_all_experts_get_all_tokens_on_
     full = lightgptq.quantize(folder, tmp_path / "all", SCHEME, calibration=windows, moe_all_experts=True)
     assert not full.problems
     assert {m.tokens for m in full.modules} == {windows.input_ids.numel()}
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "llama4"])
+def test_linears_that_choose_are_not_quantized(name: str) -> None:
+    """A shared expert's gate is a linear of one output; Llama 4's router is one with a forward of its own."""
+    model = MORE[name]()
+    expand_experts(model, [])
+    for block in find_blocks(model):
+        linears = block.linears()
+        assert any(".shared_expert." in leaf for leaf in linears)
+        assert not [leaf for leaf in linears if leaf.endswith(("_gate", ".router"))]
 
 
 def test_all_experts_is_refused_where_there_are_none(

@@ -42,3 +42,52 @@ def test_batches_in_another_order_neither_hang_nor_get_lost(replay: bool) -> Non
     assert sorted(outputs) == [0, 1, 2, 3]
     assert tokens == ({"a": 12, "b": 12} if replay else {"a": 6, "b": 12})
     assert block_pass.late == ({} if replay else {groups[0]: 6})
+
+
+class _Routed(nn.Module):
+    """Every token goes through `shared`, only those whose first feature is positive through `expert`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.expert = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(x)
+        chosen = x[..., 0] > 0
+        if chosen.any():
+            y[chosen] += self.expert(x[chosen])
+        return y
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_batch_that_does_not_reach_a_group_goes_through_once(replay: bool) -> None:
+    """The inputs of an expert are compared with the original's only in batches of which every token came."""
+    net, twin = _Routed(), _Routed()
+    some, none, every = torch.ones(1, 3, 4), -torch.ones(1, 3, 4), torch.ones(1, 3, 4)
+    some[0, 1:] = -1
+    other = some.flip(1)  # in the original another token of this batch is chosen
+    outputs: list[int] = []
+    seen: dict[str, GroupInputs] = {}
+
+    def lane(module: _Routed, batches: list[Tensor], out: list[int]) -> Lane:
+        linears = {"shared": module.shared, "expert": module.expert}
+        return Lane(module, linears, lambda i: BlockInput((batches[i],), {}), lambda i, _: out.append(i))
+
+    def solve(group: LinearGroup, inputs: GroupInputs) -> None:
+        seen[group.names[0]] = inputs
+
+    def run(mine: Tensor, theirs: Tensor) -> None:
+        outputs.clear()
+        groups = [LinearGroup(("shared",)), LinearGroup(("expert",))]
+        quantized, original = lane(net, [mine, none], outputs), lane(twin, [theirs, none], [])
+        with torch.no_grad():
+            BlockPass(quantized, groups, batches=2, solve=solve, original=original).run(replay=replay)
+
+    run(some, other)
+    assert sorted(outputs) == [0, 1]
+    assert seen["shared"].mismatch is not None
+    assert seen["expert"].hessian is not None
+    assert seen["expert"].hessian.tokens == 1
+    assert seen["expert"].mismatch is None
+    run(every, every)
+    assert seen["expert"].mismatch is not None
