@@ -149,3 +149,40 @@ def test_conv1d_becomes_a_linear_with_the_weight_transposed() -> None:
     assert linear.weight.shape == (96, 24)
     found = {stored: part for stored, _, part in layouts.stored_parts(model)}
     assert found["h.0.mlp.c_fc.weight"].of(torch.empty(24, 96)).shape == (96, 24)
+
+
+class _OwnForward(nn.Linear):
+    """The same in other words."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t() + self.bias
+
+
+class _Choosing(nn.Linear):
+    """A linear, and more."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        scores = super().forward(input)
+        return scores, scores.topk(2).indices
+
+
+class _Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class _Guided(nn.Linear):
+    def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(input) * mask
+
+
+def test_a_subclass_is_a_linear_if_it_computes_what_one_does() -> None:
+    kinds = (nn.Linear, _OwnForward, _Choosing, _Scaled, _Guided)
+    assert [layouts.is_linear(kind(6, 4, device="meta")) for kind in kinds] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not layouts.is_linear(nn.Embedding(6, 4))

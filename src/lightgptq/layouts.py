@@ -40,6 +40,40 @@ class Part:
 
 
 WHOLE = Part()
+_computes_linear: dict[type, bool] = {}  # of subclasses of nn.Linear with a forward of their own
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or a subclass that computes the same: ``x @ W^T + bias`` and nothing else.
+
+    A subclass with a forward of its own (Falcon's linears, Llama 4's router) is tried once on random weights.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if type(module) not in _computes_linear:
+        _computes_linear[type(module)] = _tried_as_linear(module)
+    return _computes_linear[type(module)]
+
+
+def _tried_as_linear(module: nn.Linear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    tried = copy.copy(module)
+    tried._parameters = {
+        name: nn.Parameter(torch.randn(p.shape, generator=generator, device="cpu"), requires_grad=False)
+        for name, p in module._parameters.items()
+        if p is not None
+    } | {name: None for name, p in module._parameters.items() if p is None}
+    x = torch.randn(2, module.in_features, generator=generator, device="cpu")
+    with torch.no_grad():
+        try:
+            got = tried(x)
+        except TypeError:  # it wants more than an input
+            return False
+        expected = nn.functional.linear(x, tried.weight, tried.bias)
+    same = isinstance(got, Tensor) and got.shape == expected.shape
+    return same and bool((got - expected).abs().max() <= AGREEMENT * expected.abs().max())
 
 
 class TransposedLinear(nn.Linear):
@@ -201,7 +235,7 @@ def computes_the_same(fused: nn.Module) -> bool:
     for name, parameter in fused._parameters.items():
         assert parameter is not None
         shape = (2, *parameter.shape[1:])
-        value = torch.randn(shape, generator=generator) / max(shape[1:]) ** 0.5
+        value = torch.randn(shape, generator=generator, device="cpu") / max(shape[1:]) ** 0.5
         few._parameters[name] = nn.Parameter(value, requires_grad=False)
     linears = ExpertLinears(few, ExpertNames() if fused.has_gate else ExpertNames(gate=None))
     for stored, parts in linears.stored_parts().items():
@@ -210,9 +244,9 @@ def computes_the_same(fused: nn.Module) -> bool:
             value = part.of(getattr(few, stored).data)
             setattr(linears.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     width = fused.down_proj.shape[2 if fused.is_transposed else 1]  # type: ignore[union-attr,index]
-    x = torch.randn(6, int(width), generator=generator)
-    index = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 1], [1, 0], [1, 0]])
-    weights = torch.rand(6, 2, generator=generator)
+    x = torch.randn(6, int(width), generator=generator, device="cpu")
+    index = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 1], [1, 0], [1, 0]], device="cpu")
+    weights = torch.rand(6, 2, generator=generator, device="cpu")
     with torch.no_grad():
         expected, got = few(x, index, weights), linears(x, index, weights)
     return bool((got - expected).abs().max() <= AGREEMENT * expected.abs().max())

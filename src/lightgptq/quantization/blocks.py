@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from lightgptq.errors import UnsupportedModelError
-from lightgptq.layouts import ExpertLinears
+from lightgptq.layouts import ExpertLinears, is_linear
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,12 @@ class DecoderBlock:
     stack: int = 0
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The block's linear layers by their name inside it, without those that choose among experts.
-
-        A subclass with a forward of its own does something else, or more.
-        """
+        """The block's linear layers by their name inside it, without those that choose among experts."""
         gates = _gates(self.module)
         return {
             name: m
             for name, m in self.module.named_modules()
-            if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and m not in gates
+            if isinstance(m, nn.Linear) and is_linear(m) and m not in gates
         }
 
 
