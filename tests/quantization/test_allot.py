@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.architectures import zoo
 
 import lightgptq
 from lightgptq import QuantScheme
@@ -77,10 +78,16 @@ SCHEME = QuantScheme(bits=4, group_size=32)
 
 @pytest.mark.parametrize("target", [3.9, 5.25])
 def test_the_checkpoint_keeps_to_the_size_and_loads(
-    source: Path, tmp_path: Path, windows: CalibrationSet, target: float
+    source: Path,
+    tmp_path: Path,
+    windows: CalibrationSet,
+    target: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
-    report = lightgptq.quantize(source, out, SCHEME, calibration=windows, target_bits=target)
+    with caplog.at_level("WARNING"):
+        report = lightgptq.quantize(source, out, SCHEME, calibration=windows, target_bits=target)
+    assert "served as one layer" not in caplog.text
     found = size_of(CheckpointReader.open(out)).bits_per_weight
     assert target - 0.5 < found <= target
     assert len({m.bits for m in report.modules}) > 1
@@ -92,6 +99,19 @@ def test_the_checkpoint_keeps_to_the_size_and_loads(
     with torch.no_grad():
         logits = lightgptq.load(out, dtype="float32")(windows.input_ids[:2]).logits
     assert bool(logits.isfinite().all())
+
+
+def test_experts_of_a_block_get_one_width(tmp_path: Path) -> None:
+    zoo.randomise(zoo.MIXTURES["mixtral"]()).save_pretrained(tmp_path / "source")
+    report = lightgptq.quantize(
+        tmp_path / "source", tmp_path / "out", SCHEME, calibration=zoo.windows_for("mixtral"), target_bits=5.5
+    )
+    by_block: dict[str, set[int]] = {}
+    for module in report.modules:
+        if ".experts." in module.name:
+            by_block.setdefault(module.name.partition(".experts.")[0], set()).add(module.bits)
+    assert len(by_block) == 2
+    assert all(len(widths) == 1 for widths in by_block.values())
 
 
 def test_what_was_measured_is_not_measured_again(

@@ -32,7 +32,7 @@ def fused_conflicts(
     config   what the checkpoint says about itself
     """
     found: dict[str, list[str]] = {}
-    for fused, parts in _fused_layers(linears):
+    for fused, parts in fused_layers(linears):
         problem = _problem(fused, parts, schemes, config)
         if problem is not None:
             found.setdefault(problem, []).append(fused.rpartition(".")[0])
@@ -42,8 +42,8 @@ def fused_conflicts(
     ]
 
 
-def _fused_layers(linears: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(name of a layer that vLLM makes, the linears that it makes it of)."""
+def fused_layers(linears: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Name of each layer that vLLM makes, and which of these linears, by their full names, it makes it of."""
     known = set(linears)
     experts: dict[str, list[str]] = {}
     for name in sorted(known):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightgptq.checkpoint.config import INCLUDE
+from lightgptq.checkpoint.fused_rules import fused_layers
 from lightgptq.core.scheme import BITS, QuantScheme
 from lightgptq.errors import UsageError
 from lightgptq.quantization.allot import Choice, allot
@@ -78,15 +79,25 @@ def allotted_rules(
 
 
 def _rules(names: tuple[str, ...], bits: int, plan: QuantPlan) -> dict[str, dict[str, Any]]:
-    """Rules for exactly these modules. They come before the user's and so repeat what those say beside the bits."""
+    """Rules for exactly these modules, and for the layers that vLLM makes of them.
+
+    They come before the user's and so repeat what those say beside the bits.
+    """
     by_rule: dict[str, list[str]] = {}
     for name in names:
         if plan.schemes[name].bits != bits:
             by_rule.setdefault(json.dumps(plan.config.rule_for(name) or {}), []).append(name)
     return {
-        f"{INCLUDE}(?:{'|'.join(map(re.escape, members))})$": {**json.loads(rule), "bits": bits}
+        f"{INCLUDE}(?:{'|'.join(map(re.escape, [*members, *_served_as(members)]))})$": {
+            **json.loads(rule),
+            "bits": bits,
+        }
         for rule, members in by_rule.items()
     }
+
+
+def _served_as(names: list[str]) -> list[str]:
+    return [layer for layer, _ in fused_layers(names)]
 
 
 def previous_allotment(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ Blocks are in memory one at a time, as in the run itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightgptq.checkpoint.fused_rules import EXPERT
 from lightgptq.checkpoint.packing import packed_layout
 from lightgptq.core.rtn import rtn
 from lightgptq.core.scheme import BITS, QuantScheme
@@ -67,7 +67,7 @@ class Sensitivity:
                     returned = block.module(*one.args, **one.kwargs)
                     output(index, returned)
                     expected.append(_hidden(returned).clone())
-                for names in _choosing_together(linears, lambda: _run(block, entered[0])):  # noqa: B023
+                for names in _choosing_together(block, linears, lambda: _run(block, entered[0])):  # noqa: B023
                     part = {n: linears[n] for n in names}
                     named = {n: schemes[f"{block.name}.{n}"] for n in part}
                     choices = [
@@ -84,16 +84,17 @@ class Sensitivity:
             give_back()
 
 
-def _choosing_together(linears: dict[str, nn.Linear], call: Callable[[], object]) -> list[list[str]]:
-    """Names that get one width: linears that share an input, and the same linears of all experts.
+def _choosing_together(
+    block: DecoderBlock, linears: dict[str, nn.Linear], call: Callable[[], object]
+) -> list[list[str]]:
+    """Names that get one width: linears that share an input, and all experts of a block.
 
-    Servers fuse q/k/v, gate/up and a block's experts into one matrix each, which has one width. Experts are told by
-    their number, the only thing in which their names differ.
+    Servers fuse q/k/v, gate/up and a block's experts into one matrix each, which has one width.
     """
-    together: dict[tuple[str, ...], list[str]] = {}
+    together: dict[str, list[str]] = {}
     for group in discover_groups(linears, call):
-        key = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in group.names)
-        together.setdefault(key, []).extend(group.names)
+        expert = EXPERT.match(f"{block.name}.{group.names[0]}")
+        together.setdefault(expert.group(1) if expert else group.names[0], []).extend(group.names)
     return list(together.values())
 
 
