@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.companions import load_tokenizer, local_folder, window_length
+from lightgptq.companions import load_tokenizer, local_folder
 from lightgptq.errors import UsageError
 from lightgptq.evaluation.bootstrap import Bootstrap, Interval
 from lightgptq.evaluation.damage import BlockError, block_errors
-from lightgptq.evaluation.scores import evaluation_windows, score
+from lightgptq.evaluation.result import text_windows
+from lightgptq.evaluation.scores import score
 from lightgptq.evaluation.size import size_of
 from lightgptq.hf import load
 from lightgptq.quantization.history import seconds_spent
@@ -122,10 +123,8 @@ def compare(
     reference = load(
         original, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    length = window_length(reference.config, seq_len)
     document = load_text(text, "evaluation") if isinstance(text, str) else text
-    ids = torch.tensor(tokenizer(document.joined(), verbose=False)["input_ids"], dtype=torch.int64)
-    windows = evaluation_windows(ids, length, max_tokens)
+    windows = text_windows(reference, document, tokenizer, seq_len, max_tokens)
     bootstrap = Bootstrap(windows.shape[0])
 
     figures, kls = [], {}

@@ -78,7 +78,8 @@ def evaluate(
         tokenizer = load_tokenizer(model.config.name_or_path or "", trust_remote_code=trust_remote_code)
     if reference is not None and not isinstance(reference, PreTrainedModel):
         reference = load(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    windows = _windows(model, text, tokenizer, seq_len, max_tokens)
+    document = load_text(text, "evaluation") if isinstance(text, str) else text
+    windows = text_windows(model, document, tokenizer, seq_len, max_tokens)
     scores = score(model, windows, reference)
     return EvalResult(
         perplexity=scores.perplexity,
@@ -90,14 +91,17 @@ def evaluate(
     )
 
 
-def _windows(
+def text_windows(
     model: PreTrainedModel,
-    text: str | Text,
+    document: Text,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int | None,
     max_tokens: int | None,
 ) -> torch.Tensor:
+    """Windows int64 (n, seq_len) of a document for a model; see `evaluate`.
+
+    Raises CalibrationError when ``seq_len`` is beyond the context or the document shorter than a window.
+    """
     length = window_length(model.config, seq_len)
-    document = load_text(text, "evaluation") if isinstance(text, str) else text
     ids = torch.tensor(tokenizer(document.joined(), verbose=False)["input_ids"], dtype=torch.int64)
     return evaluation_windows(ids, length, max_tokens)
