@@ -10,8 +10,10 @@ Both are replaced by ordinary linears that compute the same, so that nothing els
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class Part:
 
 
 WHOLE = Part()
+Announce = Callable[[Mapping[str, Callable[[], Tensor]]], None]  # linear -> a function that returns its input
 _computes_linear: dict[type, bool] = {}  # of subclasses of nn.Linear with a forward of their own
 
 
@@ -102,6 +105,7 @@ class ExpertLinears(nn.Module):
     def __init__(self, fused: nn.Module, names: ExpertNames) -> None:
         super().__init__()
         self.names, self.all_tokens = names, False
+        self._announce: Announce | None = None
         self.num_experts = int(fused.num_experts)  # type: ignore[arg-type]
         self._parts = _fused_parts(fused, names)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -128,32 +132,73 @@ class ExpertLinears(nn.Module):
         An index that is no expert's is passed over. With ``all_tokens`` every token goes through every expert, and the
         result is the same.
         """
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens, k = hidden_states.reshape(-1, hidden_states.shape[-1]), top_k_index.shape[-1]
         result = torch.zeros_like(tokens)
-        chosen = top_k_index.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
-        end = 0
-        for e, count in enumerate(counts):
-            slots = order[end : end + count]
-            end += count
-            if not count and not self.all_tokens:
-                continue
-            rows = slots // top_k_index.shape[-1]
-            y = self._expert(e, tokens)[rows] if self.all_tokens else self._expert(e, tokens[rows])
-            y = y * top_k_weights.reshape(-1)[slots, None]
+        slots = self._slots(top_k_index.reshape(-1))
+
+        def arriving(e: int) -> Tensor:
+            return tokens if self.all_tokens else tokens[slots[e] // k]
+
+        for e, y in self._outputs(slots, arriving):
+            rows = slots[e] // k
+            y = (y[rows] if self.all_tokens else y) * top_k_weights.reshape(-1)[slots[e], None]
             result.index_add_(0, rows, y.to(result.dtype))
         return result.reshape(hidden_states.shape)
 
+    @contextmanager
+    def announcing(self, action: Announce) -> Generator[None]:
+        """While active, a forward takes all its experts through their first linears, then all through their last, and
+        calls ``action`` before each, instead of one expert after the other.
+
+        action  gets the names of linears inside this module and what each is about to be called with; it may put other
+                weights into them
+        """
+        self._announce = action
+        try:
+            yield
+        finally:
+            self._announce = None
+
+    def _slots(self, chosen: Tensor) -> dict[int, Tensor]:
+        """Expert that will run -> its places in ``chosen``, the flattened index."""
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
+        slots, end = {}, 0
+        for e, count in enumerate(counts):
+            if count or self.all_tokens:
+                slots[e] = order[end : end + count]
+            end += count
+        return slots
+
+    def _outputs(
+        self, experts: Collection[int], arriving: Callable[[int], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        if self._announce is None:
+            for e in experts:
+                yield e, self._expert(e, arriving(e))
+            return
+        first = [leaf for leaf in (self.names.gate, self.names.up) if leaf is not None]
+        self._announce({f"{e}.{leaf}": partial(arriving, e) for e in experts for leaf in first})
+        inner = {e: self._inner(e, arriving(e)) for e in experts}
+        self._announce({f"{e}.{self.names.down}": partial(inner.__getitem__, e) for e in experts})
+        for e in experts:
+            yield e, self._down(e, inner.pop(e))
+
     def _expert(self, e: int, x: Tensor) -> Tensor:
+        return self._down(e, self._inner(e, x))
+
+    def _inner(self, e: int, x: Tensor) -> Tensor:
+        """What the last linear of an expert is called with."""
         expert, shell = self.get_submodule(str(e)), self.__dict__["_shell"]
         up = expert.get_submodule(self.names.up)(x)
         if self.names.gate is None:
-            return expert.get_submodule(self.names.down)(shell.act_fn(up))
+            return shell.act_fn(up)
         gate = expert.get_submodule(self.names.gate)(x)
         fuse = torch.cat if shell.is_concatenated else _interleave
-        both = fuse((gate, up), dim=-1)
-        return expert.get_submodule(self.names.down)(shell._apply_gate(both))
+        return shell._apply_gate(fuse((gate, up), dim=-1))
+
+    def _down(self, e: int, inner: Tensor) -> Tensor:
+        return self.get_submodule(str(e)).get_submodule(self.names.down)(inner)
 
     def stored_parts(self) -> dict[str, dict[str, Part]]:
         """Name of each 3-D parameter -> the parameters made of it, all relative to this module."""

@@ -31,9 +31,10 @@ def test_batches_in_another_order_neither_hang_nor_get_lost(replay: bool) -> Non
     outputs: dict[int, Tensor] = {}
     lane = Lane(net, {"a": net.a, "b": net.b}, lambda i: BlockInput((batches[i],), {}), outputs.__setitem__)
 
-    def solve(group: LinearGroup, inputs: GroupInputs) -> None:
-        assert inputs.hessian is not None
-        tokens[group.names[0]] = inputs.hessian.tokens
+    def solve(together: dict[LinearGroup, GroupInputs]) -> None:
+        for group, inputs in together.items():
+            assert inputs.hessian is not None
+            tokens[group.names[0]] = inputs.hessian.tokens
 
     groups = [LinearGroup(("a",)), LinearGroup(("b",))]
     block_pass = BlockPass(lane, groups, batches=4, solve=solve)
@@ -73,8 +74,8 @@ def test_a_batch_that_does_not_reach_a_group_goes_through_once(replay: bool) -> 
         linears = {"shared": module.shared, "expert": module.expert}
         return Lane(module, linears, lambda i: BlockInput((batches[i],), {}), lambda i, _: out.append(i))
 
-    def solve(group: LinearGroup, inputs: GroupInputs) -> None:
-        seen[group.names[0]] = inputs
+    def solve(together: dict[LinearGroup, GroupInputs]) -> None:
+        seen.update((group.names[0], inputs) for group, inputs in together.items())
 
     def run(mine: Tensor, theirs: Tensor) -> None:
         outputs.clear()

@@ -41,3 +41,12 @@ def test_waves_join_items_of_independent_lists_only() -> None:
     groups = [("q",), *expert(0), *expert(1), ("mlp.0.up",), ("mlp.1.up",)]
     assert waves(groups, {"moe.experts."}) == [[0], [1, 3], [2, 4], [5], [6]]
     assert waves(groups, set()) == [[i] for i in range(7)]
+
+
+def test_items_that_pass_stage_by_stage_are_completed_stage_by_stage() -> None:
+    """All experts may go through their first linears before any goes through its last."""
+    reached = [("q",), expert(1)[0], expert(3)[0], expert(1)[1], expert(3)[1]]
+    missing = [name for group in expert(2) for name in group]
+    order = [("q",), *(expert(e)[0] for e in (1, 2, 3)), *(expert(e)[1] for e in (1, 2, 3))]
+    assert [names for names, _ in complete_siblings(reached, missing)] == order
+    assert waves(order, {"moe.experts."}) == [[0], [1, 2, 3], [4, 5, 6]]

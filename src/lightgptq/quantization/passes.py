@@ -9,6 +9,9 @@ memory of one batch. Both give the same numbers.
 A batch need not reach every group: tokens are routed to experts. Groups are solved in one order; should a batch arrive
 at a group that is solved already and that it did not wait at, its tokens are counted as late.
 
+On a GPU small experts are solved many at a time. Their batches then take all experts through gate and up, then all
+through down, and wait once before each.
+
 Where the solver corrects the input mismatch, an untouched copy of the block goes along: it sees what the original model
 would see, and the inputs of both are compared at each group.
 """
@@ -16,9 +19,10 @@ would see, and the inputs of both are compared at each group.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,11 +30,14 @@ from torch import Tensor, nn
 from lightgptq.core.hessian import HessianAccumulator
 from lightgptq.core.mismatch import MismatchAccumulator
 from lightgptq.errors import QuantizationError
+from lightgptq.layouts import ExpertLinears
 from lightgptq.quantization.blocks import BlockInput
 from lightgptq.quantization.groups import LinearGroup
 from lightgptq.quantization.pause import PausableForward, on_input, pause
-from lightgptq.quantization.siblings import waves
+from lightgptq.quantization.siblings import Item, waves
 from lightgptq.quantization.timing import stage
+
+Stop = dict[LinearGroup, Callable[[], Tensor]]  # where a batch waits: groups and what returns their inputs
 
 
 @dataclass(frozen=True)
@@ -64,19 +71,18 @@ class Lane:
 
 
 class _Traveller:
-    """One batch on its way: its forward, the group and input at which it waits, and the groups that it waited at."""
+    """One batch on its way: its forward, where it waits, and the groups that it waited at."""
 
     def __init__(self, lane: Lane, index: int, *, keep: bool = True) -> None:
         self.lane, self.index, self.keep = lane, index, keep
-        self.group: LinearGroup | None = None
-        self.x: Tensor | None = None
+        self.stop: Stop = {}
         self.met: set[LinearGroup] = set()
         self.tokens = 0
         self._forward = PausableForward(self._call)
 
     def go_on(self) -> None:
         """Run to the next stop, or to the end, where the output is handed over (with ``keep``)."""
-        self.group, self.x = self._forward.run() or (None, None)
+        self.stop = self._forward.run() or {}
         if self._forward.finished:
             if self.keep:
                 self.lane.output(self.index, self._forward.result)
@@ -84,7 +90,7 @@ class _Traveller:
 
     def abandon(self) -> None:
         """Drop the batch where it stands."""
-        self.group = self.x = None
+        self.stop = {}
         self._forward.abandon()
 
     def _call(self) -> Any:
@@ -99,10 +105,12 @@ class BlockPass:
     lane         the block that is quantized, materialised
     groups       from `discover_groups`, in order
     batches      how many there are
-    solve        quantizes a group and puts the dequantized weights into the block
+    solve        quantizes groups and puts the dequantized weights into the block; one group at a time unless
+                 ``together`` says otherwise
     original     the untouched copy, when the input mismatch is wanted
     independent  paths (with the dot) of lists whose items do not see each other's outputs
     hessian_bytes  what the Hessians may take that are gathered together while replaying; one always fits
+    together     groups of experts that are solved in batches -> how many at most; all others are solved one by one
     """
 
     def __init__(
@@ -111,15 +119,17 @@ class BlockPass:
         groups: list[LinearGroup],
         *,
         batches: int,
-        solve: Callable[[LinearGroup, GroupInputs], None],
+        solve: Callable[[dict[LinearGroup, GroupInputs]], None],
         original: Lane | None = None,
         independent: Collection[str] = (),
         hessian_bytes: int = 0,
+        together: Mapping[LinearGroup, int] | None = None,
     ) -> None:
         self.lane, self.groups, self.batches, self.original = lane, groups, batches, original
-        self.independent, self.hessian_bytes = independent, hessian_bytes
+        self.independent, self.hessian_bytes, self.together = independent, hessian_bytes, together or {}
         self.late: Counter[LinearGroup] = Counter()
-        self._solve_group = solve
+        self._solve_groups = solve
+        self._staged = {item.path for g in self.together if (item := Item.of(g.names)) is not None}
         self._group_of = {name: group for group in groups for name in group.names}
         self._solved: set[LinearGroup] = set()
         self._wanted: set[LinearGroup] | None = None  # while replaying: the groups at which batches stop
@@ -135,19 +145,33 @@ class BlockPass:
 
     @contextmanager
     def _stops(self, lane: Lane) -> Iterator[None]:
-        def action(name: str, x: Tensor) -> None:
-            group, traveller = self._group_of[name], self._running
+        def arrive(inputs: Mapping[str, Callable[[], Tensor]], path: str = "") -> None:
+            traveller, stop = self._running, {}
             assert traveller is not None
-            if group in traveller.met:
-                return
-            traveller.met.add(group)
-            if group in self._solved:
-                if self._wanted is None and lane is self.lane:
-                    self.late[group] += x.shape[:-1].numel()
-            elif self._wanted is None or group in self._wanted:
-                pause((group, x))
+            for name, x in inputs.items():
+                group = self._group_of.get(path + name)
+                if group is None or group in traveller.met:
+                    continue
+                traveller.met.add(group)
+                if group in self._solved:
+                    if self._wanted is None and lane is self.lane:
+                        self.late[group] += x().shape[:-1].numel()
+                elif self._wanted is None or group in self._wanted:
+                    stop[group] = x
+            if stop:
+                pause(stop)
 
-        with on_input({n: m for n, m in lane.linears.items() if n in self._group_of}, action):
+        with ExitStack() as stack:
+            stack.enter_context(
+                on_input(
+                    {n: m for n, m in lane.linears.items() if n in self._group_of},
+                    lambda name, x: arrive({name: lambda: x}),
+                )
+            )
+            for path in self._staged:
+                experts = lane.module.get_submodule(path.removesuffix("."))
+                assert isinstance(experts, ExpertLinears)
+                stack.enter_context(experts.announcing(partial(arrive, path=path)))
             yield
 
     def _advance(self, traveller: _Traveller) -> None:
@@ -163,24 +187,28 @@ class BlockPass:
         pairs = [self._pair(i) for i in range(self.batches)]
         for traveller in _both(pairs):
             self._advance(traveller)
-        for group in self.groups:
-            gathered = _Gathered(group)
-            for traveller, twin in pairs:
-                if traveller.group is group and traveller.x is not None:
-                    theirs = twin.x if twin is not None and twin.group is group else None
-                    gathered.add(traveller.x, theirs, traveller.tokens)
-            self._solve(gathered)
+        for wave in self._waves(self._staged):
+            for batch in self._batched(wave):
+                gathered = [_Gathered(group) for group in batch]
+                for sums in gathered:
+                    for traveller, twin in pairs:
+                        mine, theirs = (
+                            t.stop.get(sums.group) if t is not None else None for t in (traveller, twin)
+                        )
+                        if mine is not None:
+                            sums.add(mine(), theirs() if theirs is not None else None, traveller.tokens)
+                self._solve(gathered)
             for traveller in _both(pairs):
-                if traveller.group is group:
+                if traveller.stop and self._solved.issuperset(traveller.stop):
                     self._advance(traveller)
 
     def _replay(self) -> None:
-        for wave in self._waves():
+        for wave in self._fitting(self._waves(self.independent)):
             self._wanted, gathered = set(wave), {group: _Gathered(group) for group in wave}
             for i in range(self.batches):
                 self._gather(self._pair(i, keep=False), gathered)
-            for sums in gathered.values():
-                self._solve(sums)
+            for batch in self._batched(wave):
+                self._solve([gathered.pop(group) for group in batch])
         self._wanted = set()
         for i in range(self.batches):
             for traveller in _both([self._pair(i)]):
@@ -202,26 +230,38 @@ class BlockPass:
     ) -> Iterator[tuple[LinearGroup, Tensor]]:
         """The stops of a batch until it has met all wanted groups or is through; it is dropped there."""
         self._advance(traveller)
-        while traveller.group is not None and traveller.x is not None:
-            yield traveller.group, traveller.x
+        while traveller.stop:
+            for group, x in traveller.stop.items():
+                yield group, x()
             if traveller.met.issuperset(wanted):
                 break
             self._advance(traveller)
         traveller.abandon()
 
-    def _waves(self) -> list[list[LinearGroup]]:
-        """Groups that are gathered together, cut so that their Hessians fit."""
-        result: list[list[LinearGroup]] = []
-        for positions in waves([group.names for group in self.groups], self.independent):
-            wave = [self.groups[at] for at in positions]
-            width = self.lane.linears[wave[0].names[0]].in_features
-            many = max(1, self.hessian_bytes // (4 * width * width))
-            result += [wave[i : i + many] for i in range(0, len(wave), many)]
-        return result
+    def _waves(self, independent: Collection[str]) -> list[list[LinearGroup]]:
+        """Groups whose inputs are there at the same time."""
+        return [
+            [self.groups[at] for at in wave] for wave in waves([g.names for g in self.groups], independent)
+        ]
 
-    def _solve(self, gathered: _Gathered) -> None:
-        self._solve_group(gathered.group, gathered.finish())
-        self._solved.add(gathered.group)
+    def _fitting(self, waves: list[list[LinearGroup]]) -> Iterator[list[LinearGroup]]:
+        """Waves cut so that their Hessians fit, but never within a batch: cut elsewhere, it would round elsewhere."""
+        for wave in waves:
+            width = self.lane.linears[wave[0].names[0]].in_features
+            many, batch = self.hessian_bytes // (4 * width * width), self.together.get(wave[0], 1)
+            yield from _cut(wave, max(1, many // batch) * batch)
+
+    def _batched(self, wave: list[LinearGroup]) -> list[list[LinearGroup]]:
+        """The groups of a wave that are solved together."""
+        return _cut(wave, self.together.get(wave[0], 1))
+
+    def _solve(self, gathered: list[_Gathered]) -> None:
+        self._solve_groups({sums.group: sums.finish() for sums in gathered})
+        self._solved.update(sums.group for sums in gathered)
+
+
+def _cut(groups: list[LinearGroup], size: int) -> list[list[LinearGroup]]:
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
 def _both(pairs: list[tuple[_Traveller, _Traveller | None]]) -> Iterator[_Traveller]:

@@ -163,8 +163,9 @@ class QuantizeRun:
                 solver.solve({f"{block.name}.{name}": linear}, GroupInputs())
             return
 
-        def solve(group: LinearGroup, inputs: GroupInputs) -> None:
-            solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, inputs)
+        def solve(together: dict[LinearGroup, GroupInputs]) -> None:
+            for group, inputs in together.items():
+                solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, inputs)
 
         groups, batches = self._groups(block, linears), len(self.flow.batches)
         lanes = 1 if self.original is None else 2

@@ -52,15 +52,28 @@ def complete_siblings(reached: list[Names], missing: list[str]) -> list[tuple[Na
     result = list(zip(reached, range(len(reached)), strict=True))
     for path in dict.fromkeys(item.path for item in items if item is not None):
         inside = {at: item for at, item in enumerate(items) if item is not None and item.path == path}
-        numbers = [item.number for item in inside.values()]
-        if numbers != sorted(numbers):  # items take turns: their order says nothing about the others
-            continue
-        like = {reached[at]: at for at in inside} | _like_reached(inside, set(missing))
-        ordered = sorted(like, key=lambda names: (_number(names), like[names]))
-        first = next(i for i, (_, at) in enumerate(result) if at in inside)
-        result = [entry for entry in result if entry[1] not in inside]
-        result[first:first] = [(names, like[names]) for names in ordered]
+        for part in [inside] if _ascending(inside) else _by_leaves(inside):
+            if not _ascending(part):  # items take turns: their order says nothing about the others
+                continue
+            like = {reached[at]: at for at in part} | _like_reached(part, set(missing))
+            ordered = sorted(like, key=lambda names: (_number(names), like[names]))
+            first = next(i for i, (_, at) in enumerate(result) if at in part)
+            result = [entry for entry in result if entry[1] not in part]
+            result[first:first] = [(names, like[names]) for names in ordered]
     return result
+
+
+def _ascending(inside: dict[int, Item]) -> bool:
+    numbers = [item.number for item in inside.values()]
+    return numbers == sorted(numbers)
+
+
+def _by_leaves(inside: dict[int, Item]) -> list[dict[int, Item]]:
+    """The groups of several items by the linears that they hold: all items may go through these before those."""
+    parts: dict[Names, dict[int, Item]] = {}
+    for at, item in inside.items():
+        parts.setdefault(item.leaves, {})[at] = item
+    return list(parts.values())
 
 
 def _like_reached(inside: dict[int, Item], missing: set[str]) -> dict[Names, int]:
