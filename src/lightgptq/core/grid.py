@@ -123,7 +123,8 @@ def fit_grid(W: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *
     they cover minimum and maximum.
 
     W           float (out, in)
-    importance  float32 (in,), not negative, see ``HessianFactor.importance``
+    importance  float32 (in,), not negative, see ``HessianFactor.importance``; or (parts, in), one for each of as many
+                equal parts of the rows
     zero_min    smallest zero of an asymmetric grid; 1 because format v1 stores zero - 1 and readers disagree
                 on -1
 
@@ -137,22 +138,27 @@ def fit_grid(W: Tensor, scheme: QuantScheme, importance: Tensor | None = None, *
     else:
         library = native.load() if W.device.type == "cpu" else None
         if library is not None:
-            scales, zeros = _search_native(library, W.float(), importance, scheme, zero_min)
+            each = importance.view(-1, W.shape[1])
+            parts = zip(W.float().chunk(len(each)), each, strict=True)
+            found = [_search_native(library, *part, scheme, zero_min) for part in parts]
+            scales, zeros = (torch.cat(part) for part in zip(*found, strict=True))
         else:
             scales, zeros = _search_torch(W, importance, scheme, zero_min)
     return Grid(scales.t().contiguous(), zeros.t().contiguous())
 
 
 def _search_torch(W: Tensor, importance: Tensor, scheme: QuantScheme, zero_min: int) -> tuple[Tensor, Tensor]:
-    """Rounded scales and zeros (out, groups) of least weighted error, on any device."""
-    weights = split_groups(importance.float().unsqueeze(0), scheme).clone()
-    weights.view(-1)[W.shape[1] :] = 0  # the ragged group's filler
+    """Rounded scales and zeros (out, groups) of least weighted error, on any device; importance (in,), (parts, in)."""
+    weights = split_groups(importance.float().view(-1, W.shape[1]), scheme).clone()
+    weights.view(len(weights), -1)[:, W.shape[1] :] = 0  # the ragged group's filler
     values = GPU_SEARCH_VALUES if W.is_cuda else SEARCH_VALUES
-    parts = [
-        _search_rows(split_groups(rows.float(), scheme), weights, scheme, zero_min)
-        for rows in W.split(max(1, values // W.shape[1]))
-    ]
-    scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    part_of = torch.arange(W.shape[0], device=W.device) // (W.shape[0] // len(weights))
+    found, step = [], max(1, values // W.shape[1])
+    for start in range(0, W.shape[0], step):
+        rows = split_groups(W[start : start + step].float(), scheme)
+        own = weights if len(weights) == 1 else weights[part_of[start : start + step]]
+        found.append(_search_rows(rows, own, scheme, zero_min))
+    scales, zeros = (torch.cat(part) for part in zip(*found, strict=True))
     return scales, zeros
 
 
@@ -175,7 +181,7 @@ def _search_native(
 
 def _search_rows(W: Tensor, weights: Tensor, scheme: QuantScheme, zero_min: int) -> tuple[Tensor, Tensor]:
     """Rounded scales and zeros (rows, groups) of least weighted error; W (rows, groups, width), weights
-    (1, groups, width)."""
+    (1 or rows, groups, width)."""
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for scales, zeros in _candidates(W, scheme, zero_min):
         best = _better(best, W, weights, round_scales(scales), zeros, scheme.max_code)
@@ -255,4 +261,4 @@ def quantize_to_grid(W: Tensor, grid: Grid, g_idx: Tensor, scheme: QuantScheme) 
 def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor) -> Tensor:
     """``scales[g_idx] * (codes - zeros[g_idx])``: float32 (out, in) from uint8 (out, in)."""
     group = g_idx.long()
-    return (codes.float() - grid.zeros[group].t()) * grid.scales[group].t()
+    return codes.float().sub_(grid.zeros[group].t()).mul_(grid.scales[group].t())

@@ -30,4 +30,4 @@ def rtn(W: Tensor, scheme: QuantScheme, H: Tensor | None = None, grid: Grid | No
 
 def quadratic_loss(D: Tensor, H: Tensor) -> float:
     """``sum over rows d H d^T`` for a displacement ``D`` (out, in) float32 and ``H`` (in, in) float32."""
-    return float(((D @ H) * D).sum(dtype=torch.float64))
+    return float((D @ H).mul_(D).sum(dtype=torch.float64))

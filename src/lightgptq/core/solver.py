@@ -76,6 +76,74 @@ def gptq_stacked(
         codes_perm, row_loss, grid = _sweep_dynamic(W[:, factor.perm], factor, scheme, block_size)
         g_idx = torch.empty(W.shape[1], dtype=torch.int32, device=W.device)
         g_idx[factor.perm] = trivial_g_idx(W.shape[1], scheme, W.device)
+    return _finished(W, codes_perm, row_loss, grid, g_idx, factor, scheme, H, [len(part) for part in weights])
+
+
+def gptq_batch(
+    W: Tensor,
+    factors: Sequence[HessianFactor],
+    scheme: QuantScheme,
+    *,
+    parts: Sequence[int],
+    hessians: Sequence[Tensor] | None = None,
+    grid: Grid | None = None,
+    block_size: int = 128,
+) -> list[list[QuantizedWeight]]:
+    """Quantizes a batch of weights of one shape, each with a factor of its own: experts. Static groups only.
+
+    What `gptq_stacked` gives for each, up to rounding in the products. Scale search and sweep are those of the whole
+    batch; refinement goes through it one by one.
+
+    W         float32 (batch, out, in), not modified
+    factors   of each H, built with the same scheme
+    parts     rows of each linear that W's rows are made of, summing to out
+    hessians  float32 (in, in) each, see `gptq`
+    grid      from `fit_grid_batch`
+
+    Returns the linears of each weight. Raises QuantizationError as `gptq` does.
+    """
+    if not scheme.static_groups:
+        raise QuantizationError("a batch is solved on grids that are fixed before; set static_groups=True")
+    if W.dim() != 3 or len(factors) != len(W) or sum(parts) != W.shape[1]:
+        raise QuantizationError(
+            f"W is {tuple(W.shape)} for {len(factors)} factors and parts of {list(parts)} rows; it must be "
+            f"(batch, out, in) = ({len(factors)}, {sum(parts)}, in)"
+        )
+    check_weight(W.flatten(0, 1))
+    grid = fit_grid_batch(W, factors, scheme) if grid is None else grid
+    g_idx = trivial_g_idx(W.shape[2], scheme, W.device)
+    perm = torch.stack([factor.perm for factor in factors])
+    ordered = W.gather(2, perm.unsqueeze(1).expand_as(W))
+    U = torch.stack([factor.U for factor in factors])
+    codes, loss = sweep(ordered, U, grid, g_idx[perm], scheme.max_code, block_size)
+    del ordered, U
+    results = []
+    for i, factor in enumerate(factors):
+        own, H = Grid(grid.scales[i], grid.zeros[i]), None if hessians is None else hessians[i]
+        results.append(_finished(W[i], codes[i], loss[i], own, g_idx, factor, scheme, H, parts))
+    return results
+
+
+def fit_grid_batch(W: Tensor, factors: Sequence[HessianFactor], scheme: QuantScheme) -> Grid:
+    """`fit_grid` for a batch of weights (batch, out, in): scales and zeros (batch, groups, out)."""
+    batch, out_features, _ = W.shape
+    grid = fit_grid(W.flatten(0, 1), scheme, torch.stack([factor.importance() for factor in factors]))
+    fields = (f.view(-1, batch, out_features).transpose(0, 1).contiguous() for f in (grid.scales, grid.zeros))
+    return Grid(*fields)
+
+
+def _finished(
+    W: Tensor,
+    codes_perm: Tensor,
+    row_loss: Tensor,
+    grid: Grid,
+    g_idx: Tensor,
+    factor: HessianFactor,
+    scheme: QuantScheme,
+    H: Tensor | None,
+    parts: Sequence[int],
+) -> list[QuantizedWeight]:
+    """The linears that the rows of W are made of, from codes in solving order: refined, with their losses."""
     codes = torch.empty_like(codes_perm)
     codes[:, factor.perm] = codes_perm
     if scheme.refine > 0:
@@ -83,8 +151,8 @@ def gptq_stacked(
             raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
         codes, grid = refine(W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge)
     results, start = [], 0
-    for part in weights:
-        rows = slice(start, start + part.shape[0])
+    for part in parts:
+        rows = slice(start, start + part)
         start = rows.stop
         own = Grid(grid.scales[:, rows].contiguous(), grid.zeros[:, rows].contiguous())
         D = W[rows] - dequantize_codes(codes[rows], own, g_idx)

@@ -34,10 +34,18 @@ def sweep(
     max_code    2^bits - 1
     block_size  columns updated eagerly; the rest gets one product per block (paper, section 3.3, step 2)
 
+    Every argument may have a batch dimension in front, the same for all: weights with factors of their own. On a GPU
+    one launch per block solves them all, elsewhere they are solved one after the other.
+
     Returns codes uint8 (out, in) and the loss per row ``|e|^2`` float32 (out,), both in solving order.
     """
     if W.is_cuda and sweep_triton is not None:
         return sweep_triton(W, U, grid, g_idx, max_code, block_size)
+    if W.dim() == 3:
+        grids = (Grid(*own) for own in zip(grid.scales, grid.zeros, strict=True))
+        solved = [sweep(*one, max_code, block_size) for one in zip(W, U, grids, g_idx, strict=True)]
+        codes, loss = (torch.stack(part) for part in zip(*solved, strict=True))
+        return codes, loss
     library = native.load() if W.device.type == "cpu" and W.dtype == torch.float32 else None
     if library is not None:
         return sweep_cpu(library, W.contiguous(), U.contiguous(), grid, g_idx, max_code)

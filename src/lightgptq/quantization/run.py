@@ -164,8 +164,10 @@ class QuantizeRun:
             return
 
         def solve(together: dict[LinearGroup, GroupInputs]) -> None:
-            for group, inputs in together.items():
-                solver.solve({f"{block.name}.{n}": linears[n] for n in group.names}, inputs)
+            named = [
+                ({f"{block.name}.{n}": linears[n] for n in g.names}, inputs) for g, inputs in together.items()
+            ]
+            solver.solve_together(named) if len(named) > 1 else solver.solve(*named[0])
 
         groups, batches = self._groups(block, linears), len(self.flow.batches)
         lanes = 1 if self.original is None else 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
@@ -24,11 +25,13 @@ from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.plan import QuantPlan, packed_name
 from lightgptq.quantization.report import ModuleRecord
 from lightgptq.quantization.timing import stage
+from lightgptq.quantization.together import Stacked, solve_together
 from lightgptq.quantization.transfer import host_copy
 from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 ENERGY_ROWS = 256
+Group = tuple[dict[str, nn.Linear], GroupInputs]  # full name -> module, and what is known of their input
 
 
 class TensorSink(Protocol):
@@ -67,13 +70,7 @@ class GroupSolver:
         inputs   what is known of their input
         """
         wanted = {name: self.plan.schemes[name] for name in linears}
-        needs_hessian = any(scheme.method != "rtn" for scheme in wanted.values())
-        tokens = inputs.hessian.tokens if inputs.hessian is not None else 0
-        problem = inputs.problem
-        if needs_hessian and problem is None:
-            problem = self._too_few(tokens, linears)
-        with stage("hessian"):
-            H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
+        H, tokens, problem = self._known(linears, inputs)
         factors: dict[tuple[float, bool], HessianFactor] = {}
         for names in _together(linears, wanted):
             scheme, trouble = wanted[names[0]], problem
@@ -94,6 +91,55 @@ class GroupSolver:
             for name, quantized, energy in zip(names, solved, energies, strict=True):
                 self._record(name, scheme, quantized, factor, tokens, energy, trouble)
                 self._put(name, linears[name], quantized)
+
+    def solve_together(self, groups: list[Group]) -> None:
+        """`solve` for many groups: those that agree in shape and scheme as one batch, the others one by one.
+
+        Records, notes and written tensors come in the order of ``groups``.
+        """
+        known = [self._known(*group) for group in groups]
+        energies, batch = {}, {}
+        for at, stacked in self._alike(groups, [H for H, _, _ in known]).items():
+            energies[at] = [_energy(W, stacked.H) for W in stacked.W.split(stacked.parts)]
+            batch[at] = stacked
+        results = (
+            dict(zip(batch, solve_together(list(batch.values())), strict=True)) if len(batch) > 1 else {}
+        )
+        for at, (linears, inputs) in enumerate(groups):
+            solved, (_, tokens, problem) = results.get(at), known[at]
+            if solved is None:
+                self.solve(linears, inputs)
+                continue
+            for name, quantized, energy in zip(linears, solved[1], energies[at], strict=True):
+                self._record(name, batch[at].scheme, quantized, solved[0], tokens, energy, problem)
+                self._put(name, linears[name], quantized)
+
+    def _alike(self, groups: list[Group], hessians: list[Tensor | None]) -> dict[int, Stacked]:
+        """Most of the groups, by their place: those that can be solved as one batch."""
+        found: dict[int, Stacked] = {}
+        for at, ((linears, inputs), H) in enumerate(zip(groups, hessians, strict=True)):
+            schemes = {self.plan.schemes[name] for name in linears}
+            scheme = next(iter(schemes))
+            if len(schemes) == 1 and scheme.method == "gptq" and scheme.static_groups and H is not None:
+                W = torch.cat([self._weight(name, module) for name, module in linears.items()])
+                M = inputs.mismatch.finish() if inputs.mismatch is not None and scheme.mismatch > 0 else None
+                parts = tuple(module.out_features for module in linears.values())
+                found[at] = Stacked(W, parts, H, M, scheme)
+        kinds = Counter(one.alike for one in found.values()).most_common(1)
+        return {at: one for at, one in found.items() if one.alike == kinds[0][0]}
+
+    def _known(
+        self, linears: dict[str, nn.Linear], inputs: GroupInputs
+    ) -> tuple[Tensor | None, int, str | None]:
+        """H, the tokens in it, and what keeps the group from being solved as asked."""
+        needs_hessian = any(self.plan.schemes[name].method != "rtn" for name in linears)
+        tokens = inputs.hessian.tokens if inputs.hessian is not None else 0
+        problem = inputs.problem
+        if needs_hessian and problem is None:
+            problem = self._too_few(tokens, linears)
+        with stage("hessian"):
+            H = inputs.hessian.finish() if inputs.hessian is not None and tokens else None
+        return H, tokens, problem
 
     def _too_few(self, tokens: int, linears: dict[str, nn.Linear]) -> str | None:
         name, module = next(iter(linears.items()))
