@@ -42,7 +42,8 @@ class Part:
 
 
 WHOLE = Part()
-Announce = Callable[[Mapping[str, Callable[[], Tensor]]], None]  # linear -> a function that returns its input
+# Linear inside the experts' module -> a function that returns its input.
+Announce = Callable[[Mapping[str, Callable[[], Tensor]]], None]
 _computes_linear: dict[type, bool] = {}  # of subclasses of nn.Linear with a forward of their own
 
 

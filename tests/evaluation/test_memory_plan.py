@@ -18,9 +18,9 @@ from transformers import LlamaConfig
 from lightgptq.checkpoint.packing import pack, packed_layout, trivial_g_idx
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UnsupportedModelError, UsageError
-from lightgptq.evaluation.live_bytes import LiveBytes
 from lightgptq.evaluation.memory_plan import packed_bytes, plan_memory, read_config
 from lightgptq.ops.triton_layout import to_triton
+from lightgptq.quantization.live_bytes import LiveBytes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -129,7 +129,9 @@ class TestHessian:
         self, source: Path, out: Path, windows: CalibrationSet, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nothing real is that degenerate, as damping repairs it: the factorisation itself is made to fail."""
-        monkeypatch.setattr("lightgptq.core.hessian._invert_factor", lambda flipped: None)
+        monkeypatch.setattr(
+            "lightgptq.core.hessian._invert_factor", lambda flipped: (flipped, [False] * len(flipped))
+        )
         report = lightgptq.quantize(source, out, SCHEME, calibration=windows)
         assert len(report.problems) == len(report.modules)
         assert "H cannot be factored even with damping 1.0" in str(report.modules[0].problem)

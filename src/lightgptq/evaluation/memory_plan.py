@@ -20,10 +20,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lightgptq.checkpoint.packing import CHUNK_CODES
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UnsupportedModelError, UsageError
-from lightgptq.evaluation.live_bytes import FusedAttention, LiveBytes
 from lightgptq.layouts import ExpertLinears, expand_experts, straighten_conv1d
 from lightgptq.ops.triton_layout import DENSE_ELEMENTS, choose_tiling
 from lightgptq.quantization.blocks import find_blocks
+from lightgptq.quantization.live_bytes import FusedAttention, LiveBytes
 from lightgptq.skeleton import build_empty_model
 from lightgptq.sources import NameMap
 

@@ -11,6 +11,9 @@ from lightgptq.errors import UsageError
 
 # Left to the operating system and to other programs when nothing is said.
 SHARE_OF_FREE = 0.8
+# For experts that are solved together: at 2 GiB twenty of 2048 inputs and 768 outputs, at which the launches of one
+# step are shared by enough of them; large experts fill a GPU by themselves.
+EXPERTS_BYTES, EXPERTS_SHARE = 2 << 30, 8
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -40,6 +43,18 @@ def activation_budget(max_memory: int | None, device: torch.device, resident: in
     else:
         limit = max_memory - psutil.Process().memory_info().rss
     return max(0, int(limit) - resident)
+
+
+def experts_bytes(max_memory: int | None, device: torch.device) -> int:
+    """Bytes of workspace for experts that are solved as one batch; 0, one by one, on a CPU, which gains nothing by it.
+
+    It follows from the limit or the size of the GPU and not from what is free: sums of a batch round as its size has
+    it, and the same command is to give the same bytes.
+    """
+    if device.type != "cuda":
+        return 0
+    limit = torch.cuda.get_device_properties(device).total_memory if max_memory is None else max_memory
+    return min(EXPERTS_BYTES, limit // EXPERTS_SHARE)
 
 
 def host_budget() -> int:

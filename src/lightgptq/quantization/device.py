@@ -35,6 +35,11 @@ def exact_on(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def held_bytes(device: torch.device) -> int:
+    """What is allocated on a GPU now; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """The most that was allocated on a GPU since the run began; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

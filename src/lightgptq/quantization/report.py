@@ -46,6 +46,7 @@ class QuantReport:
     out      folder of the checkpoint
     seconds  wall time of this process's part of the run; not saved, so that a resumed run ends with the same files
     peak_device_bytes  the most that was allocated on the GPU in this process's part; None without one; not saved
+    planned_device_bytes  the most that the run meant to allocate there; likewise
     """
 
     job: dict[str, Any]
@@ -53,6 +54,7 @@ class QuantReport:
     out: Path | None = None
     seconds: float = 0.0
     peak_device_bytes: int | None = None
+    planned_device_bytes: int | None = None
 
     @property
     def problems(self) -> list[ModuleRecord]:

@@ -1,7 +1,8 @@
-"""LiveBytes: how much memory a computation on ``meta`` tensors would hold at its worst moment."""
+"""LiveBytes: how much memory a computation holds at its worst moment, or would hold, on ``meta`` tensors."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
+        self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._numbered = itertools.count()
         self._known = [tensor.untyped_storage() for tensor in known]
         self._excluded = {id(storage) for storage in self._known}
 
@@ -36,6 +39,14 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         return result
+
+    def number(self, tensor: Tensor) -> int:
+        """A number for the tensor's memory: the same for all views of it, and never given to later memory."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._numbers:
+            self._numbers[key] = next(self._numbered), weakref.ref(storage, lambda _: self._numbers.pop(key))
+        return self._numbers[key][0]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)

@@ -1,0 +1,146 @@
+"""What quantizing one block takes of the device's memory, and how the rest is shared between activations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.quantization.groups import LinearGroup, Probe
+from lightgptq.quantization.siblings import Item
+from lightgptq.quantization.writeback import WAITING_BYTES
+
+# Copies of the weights that are solved together, in bytes per weight: two of them joined in solving order and
+# transposed, codes, what was rounded and its error; refinement holds targets and residuals as well. Measured.
+BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 46
+LIBRARY_BYTES = 128 << 20  # what cuBLAS and cuSOLVER hold on a GPU
+
+
+def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) -> int:
+    """What solving linears of one input takes at most: float32 matrices (width, width) and copies of the weights.
+
+    The matrices are H, its flipped copy and the factor (or H, the factor and the factor's copy), with a corrected
+    mismatch M, and while refining the damped H.
+
+    width    of the input
+    weights  of all linears that are solved as one
+    """
+    schemes = list(schemes)
+    refined, corrected = any(s.refine for s in schemes), any(s.mismatch > 0 for s in schemes)
+    per_weight = BYTES_PER_WEIGHT_REFINED if refined else BYTES_PER_WEIGHT
+    return 4 * (3 + corrected + refined) * width * width + per_weight * weights
+
+
+@dataclass(frozen=True)
+class BlockLinears:
+    """The linears of a block that are quantized.
+
+    linears  name inside the block -> module
+    schemes  of each
+    alone    each is solved by itself, in less memory, as on a CPU; not with the others of its group
+    """
+
+    linears: Mapping[str, nn.Linear]
+    schemes: Mapping[str, QuantScheme]
+    alone: bool
+
+    def workspace(self, names: Collection[str]) -> int:
+        """What solving the linears of one group takes."""
+        if self.alone:
+            return max(self._bytes([name]) for name in names)
+        return self._bytes(names)
+
+    def _bytes(self, names: Collection[str]) -> int:
+        modules = [self.linears[name] for name in names]
+        weights = sum(module.weight.numel() for module in modules)
+        return workspace_bytes(modules[0].in_features, weights, [self.schemes[name] for name in names])
+
+    def small_experts(self, lists: Collection[str], limit: int) -> set[str]:
+        """Those of the lists of experts (paths with the dot) that have linears of which several fit ``limit`` bytes."""
+        small = (n for n in self.linears if 2 * self._bytes([n]) <= limit)
+        return {path for name in small for path in lists if name.startswith(path)}
+
+    def together(
+        self, groups: list[LinearGroup], lists: Collection[str], limit: int
+    ) -> dict[LinearGroup, int]:
+        """Groups in these lists of experts -> how many like them are solved as one batch within ``limit`` bytes."""
+        items = {group: Item.of(group.names) for group in groups}
+        inside = [group for group, item in items.items() if item is not None and item.path in lists]
+        return {group: max(1, limit // self.workspace(group.names)) for group in inside}
+
+
+@dataclass(frozen=True)
+class BlockNeeds:
+    """Bytes on the device, besides what is there when the block has been read.
+
+    fixed      whatever happens: workspace, the next block, what waits to be written, an untouched copy of the block
+    waiting    activations of all batches that wait inside the block, where they hold most
+    one_batch  the most that one batch holds on its way, with its twin through the original
+    outputs    activations of all batches when they leave
+    """
+
+    fixed: int
+    waiting: int
+    one_batch: int
+    outputs: int
+
+    @classmethod
+    def of(
+        cls,
+        block: nn.Module,
+        chosen: BlockLinears,
+        probe: Probe,
+        *,
+        batches: int,
+        lanes: int,
+        together: Mapping[LinearGroup, int],
+        on_gpu: bool,
+    ) -> BlockNeeds:
+        """What follows from a probe of the block with one batch.
+
+        lanes  ways through the block: 2 where the original is followed
+        """
+        weights = sum(parameter.nbytes for parameter in block.parameters())
+        workspace = max((together.get(g, 1) * chosen.workspace(g.names) for g in probe.groups), default=0)
+        beside = weights + WAITING_BYTES + LIBRARY_BYTES if on_gpu else 0
+        return cls(
+            fixed=workspace + (lanes - 1) * weights + beside,
+            waiting=max((g.live_bytes for g in probe.groups), default=0) * batches * lanes,
+            one_batch=probe.peak_bytes * lanes,
+            outputs=probe.entering_bytes * batches * lanes,
+        )
+
+    def share(self, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:
+        """Divide ``free`` bytes.
+
+        Batches that wait come first: replaying costs forwards, keeping outputs elsewhere only copies.
+
+        held  bytes that are allocated already, the block among them
+        kept  those of them that are activations on their way into the block
+        """
+        room = free - self.fixed
+        waiting = self.waiting - kept + self.one_batch
+        replay = waiting > room
+        inside = self.one_batch if replay else waiting
+        left = max(0, room - inside)
+        between = min(left, self.outputs)
+        return BlockMemory(replay, between, left, held + self.fixed + inside + between)
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """How a block's batches are held.
+
+    replay    one at a time, instead of all waiting together
+    between   bytes for outputs that stay on the device
+    hessians  bytes for Hessians that are gathered together while replaying; they are gone before outputs come
+    peak      the most that is allocated with all this, in bytes; what ``hessians`` allows beyond ``between`` comes on
+              top for blocks with experts
+    """
+
+    replay: bool
+    between: int
+    hessians: int
+    peak: int
