@@ -89,6 +89,21 @@ LGQ_API int32_t lgq_unpack(const void *packed, int64_t packed_bytes, uint8_t *co
 LGQ_API int32_t lgq_matmul(const void *packed, int64_t packed_bytes, int64_t rows, const void *x, int64_t x_stride,
                            const void *bias, int32_t bias_dtype, void *y, int64_t y_stride, int32_t dtype, int32_t mode);
 
+/* One of several weights that are multiplied by the same x. */
+typedef struct lgq_factor {
+  const void *packed;
+  int64_t packed_bytes;
+  const void *bias; /* may be null */
+  int32_t bias_dtype;
+} lgq_factor;
+
+/* y[i][r,:] = x[r,:] @ W_i^T + bias_i for up to LGQ_MOST_FACTORS weights of the same in_features: the same results as
+ * lgq_matmul for each. Each y[i] is contiguous, (rows, out_features of W_i). Activations are prepared once if the weights
+ * agree in bits, groups, g_idx and zeros, else once for each. */
+#define LGQ_MOST_FACTORS 16
+LGQ_API int32_t lgq_matmul_shared(int32_t count, const lgq_factor *factors, int64_t rows, const void *x,
+                                  int64_t x_stride, void *const *y, int32_t dtype, int32_t mode);
+
 /* The weight, (out, in) row-major, computed in float32 and rounded once. */
 LGQ_API int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, int32_t dtype);
 

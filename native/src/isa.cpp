@@ -6,11 +6,31 @@
 
 #include "lightgptq.h"
 #include "parallel.h"
+#if defined(LGQ_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(LGQ_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace lgq {
 namespace {
 
 constexpr const char *kNames[] = {"portable", "avx2", "avx512", "neon"};
+
+#if defined(LGQ_ARM64)
+bool has_dot_product() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP of Linux's interface
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#elif defined(__APPLE__)
+  int32_t value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value == 1;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool cpu_has(Isa isa) {
   switch (isa) {
@@ -24,6 +44,9 @@ bool cpu_has(Isa isa) {
       return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#elif defined(LGQ_ARM64)
+    case Isa::neon:
+      return has_dot_product();
 #endif
     default:
       return false;

@@ -2,6 +2,7 @@
 #include "matmul.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "isa.h"
 #include "lightgptq.h"
@@ -52,6 +53,61 @@ thread_local Scratch t_scratch;
 
 bool is_dtype(int32_t dtype) { return dtype == LGQ_F32 || dtype == LGQ_BF16 || dtype == LGQ_F16; }
 
+// Whether activations prepared for one weight serve the other: the start values of accumulators depend on the zeros.
+bool same_preparation(const PackedView &a, const PackedView &b) {
+  const PackedHeader &h = *a.header, &g = *b.header;
+  if (h.bits != g.bits || h.symmetric != g.symmetric || (h.symmetric && h.zero != g.zero)) return false;
+  if (h.in_features != g.in_features || h.segments != g.segments || h.units != g.units) return false;
+  if ((a.permutation == nullptr) != (b.permutation == nullptr)) return false;
+  const auto equal = [](const auto *p, const auto *q, int64_t count) {
+    return std::memcmp(p, q, static_cast<size_t>(count) * sizeof *p) == 0;
+  };
+  return equal(a.segments, b.segments, h.segments) &&
+         (a.permutation == nullptr || equal(a.permutation, b.permutation, h.in_features));
+}
+
+// Everything about the product of one weight but the scratch space.
+int32_t set_up(const lgq_factor &f, int64_t rows, const void *x, int64_t x_stride, void *y, int32_t dtype, int32_t mode,
+               Product *p) {
+  if (x == nullptr || y == nullptr) return LGQ_NULL_POINTER;
+  if (!is_dtype(dtype) || (f.bias != nullptr && !is_dtype(f.bias_dtype))) return LGQ_BAD_DTYPE;
+  if (mode != LGQ_EXACT && mode != LGQ_INT8) return LGQ_BAD_MODE;
+  const int32_t status = view_packed(f.packed, f.packed_bytes, &p->w);
+  if (status != LGQ_OK) return status;
+  if (rows < 0 || x_stride < p->w.header->in_features) return LGQ_BAD_SIZE;
+  p->x = x;
+  p->rows = rows;
+  p->x_stride = x_stride;
+  p->bias = f.bias;
+  p->bias_dtype = f.bias_dtype;
+  p->y = y;
+  p->y_stride = p->w.header->out_features;
+  p->dtype = dtype;
+  p->mode = mode;
+  return LGQ_OK;
+}
+
+// Products of weights with the same preparation.
+int32_t multiply(Product *products, int count) {
+  Product &first = products[0];
+  if (first.rows == 0) return LGQ_OK;
+  const MatmulKernels &k = kernels();
+  if (!t_scratch.reserve(k.scratch_bytes(first))) return LGQ_OUT_OF_MEMORY;
+  for (int i = 0; i < count; ++i) products[i].scratch = t_scratch.data;
+  if (first.rows * first.w.header->in_features <= kSerialPreparation)
+    k.prepare_rows(first, 0, first.rows);
+  else
+    parallel_for(first.rows, 1, [&](int64_t begin, int64_t end) { k.prepare_rows(first, begin, end); });
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += products[i].w.header->blocks;
+  parallel_items(blocks, [&](int64_t block) {
+    const Product *p = products;
+    while (block >= p->w.header->blocks) block -= (p++)->w.header->blocks;
+    k.multiply_blocks(*p, block, block + 1);
+  });
+  return LGQ_OK;
+}
+
 }  // namespace
 }  // namespace lgq
 
@@ -59,30 +115,30 @@ using namespace lgq;
 
 int32_t lgq_matmul(const void *packed, int64_t packed_bytes, int64_t rows, const void *x, int64_t x_stride,
                    const void *bias, int32_t bias_dtype, void *y, int64_t y_stride, int32_t dtype, int32_t mode) {
-  if (x == nullptr || y == nullptr) return LGQ_NULL_POINTER;
-  if (!is_dtype(dtype) || (bias != nullptr && !is_dtype(bias_dtype))) return LGQ_BAD_DTYPE;
-  if (mode != LGQ_EXACT && mode != LGQ_INT8) return LGQ_BAD_MODE;
   Product p{};
-  const int32_t status = view_packed(packed, packed_bytes, &p.w);
+  const int32_t status = set_up({packed, packed_bytes, bias, bias_dtype}, rows, x, x_stride, y, dtype, mode, &p);
   if (status != LGQ_OK) return status;
-  if (rows < 0 || x_stride < p.w.header->in_features || y_stride < p.w.header->out_features) return LGQ_BAD_SIZE;
-  if (rows == 0) return LGQ_OK;
-  p.x = x;
-  p.rows = rows;
-  p.x_stride = x_stride;
-  p.bias = bias;
-  p.bias_dtype = bias_dtype;
-  p.y = y;
+  if (y_stride < p.y_stride) return LGQ_BAD_SIZE;
   p.y_stride = y_stride;
-  p.dtype = dtype;
-  p.mode = mode;
-  const MatmulKernels &k = kernels();
-  if (!t_scratch.reserve(k.scratch_bytes(p))) return LGQ_OUT_OF_MEMORY;
-  p.scratch = t_scratch.data;
-  if (rows * p.w.header->in_features <= kSerialPreparation)
-    k.prepare_rows(p, 0, rows);
-  else
-    parallel_for(rows, 1, [&](int64_t begin, int64_t end) { k.prepare_rows(p, begin, end); });
-  parallel_for(p.w.header->blocks, 1, [&](int64_t begin, int64_t end) { k.multiply_blocks(p, begin, end); });
+  return multiply(&p, 1);
+}
+
+int32_t lgq_matmul_shared(int32_t count, const lgq_factor *factors, int64_t rows, const void *x, int64_t x_stride,
+                          void *const *y, int32_t dtype, int32_t mode) {
+  if (factors == nullptr || y == nullptr) return LGQ_NULL_POINTER;
+  if (count < 1 || count > LGQ_MOST_FACTORS) return LGQ_BAD_SIZE;
+  Product products[LGQ_MOST_FACTORS]{};
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t status = set_up(factors[i], rows, x, x_stride, y[i], dtype, mode, &products[i]);
+    if (status != LGQ_OK) return status;
+    if (products[i].w.header->in_features != products[0].w.header->in_features) return LGQ_BAD_SIZE;
+  }
+  for (int32_t i = 0; i < count;) {
+    int32_t end = i + 1;
+    while (end < count && same_preparation(products[i].w, products[end].w)) ++end;
+    const int32_t status = multiply(products + i, end - i);
+    if (status != LGQ_OK) return status;
+    i = end;
+  }
   return LGQ_OK;
 }

@@ -1,14 +1,16 @@
 // The quantized product with AVX2 and FMA.
 //
-// exact: byte codes are spread to 32-bit lanes by a byte shuffle, converted and multiplied as float32.
 // int8: products of unsigned codes and signed activations are summed in 16 bits over one unit (8 quads of at most
 // 2 * 15 * 127 fit); those of 8-bit codes would not fit and are made in 16 bits and summed in 32. The accumulator starts
 // at -zero * sum(x).
+// exact, one row, 2 to 4 bits: the same products with the three or four digits of a fixed-point activation
+// (matmul_quads.h), 8 instructions for 32 codes. Otherwise byte codes are spread to 32-bit lanes by a byte shuffle,
+// converted and multiplied as float32: 14 instructions, but four rows share most of them.
 #include <immintrin.h>
 
 #include <utility>
 
-#include "matmul_driver.h"
+#include "matmul_quads.h"
 
 namespace {
 
@@ -47,6 +49,15 @@ template <int MR>
 constexpr int halves_at_once() {
   return MR == 1 ? 8 : 2;
 }
+
+template <int D>
+constexpr int halves_of_digits() {
+  return 2;
+}
+
+// Keeps a sum in its register and in its order: the compiler would otherwise make all products of a unit first, and
+// write them to memory until it adds them up as a tree (one row, 2 bits: 4.1 instead of 2.2 cycles for 32 codes).
+LGQ_INLINE void keep(__m256i &sum) { asm("" : "+x"(sum)); }
 
 // Byte J of every lane, alone in the lane.
 template <int J>
@@ -88,7 +99,10 @@ LGQ_INLINE void tile_exact(const TileArgs &a, int h0) {
   for (int n = 0; n < NH; ++n) {
     const __m256 zero = _mm256_load_ps(a.grid->zero + (h0 + n) * 8);
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mul_ps(zero, _mm256_broadcast_ss(a.init + m));
+    for (int m = 0; m < MR; ++m) {
+      const __m256 start = _mm256_broadcast_ss(a.init + m);
+      acc[n][m] = a.grid->symmetric ? start : _mm256_mul_ps(zero, start);
+    }
   }
   const uint8_t *codes = a.codes + h0 * 32;
   const float *x = reinterpret_cast<const float *>(a.x);
@@ -118,6 +132,7 @@ LGQ_INLINE void quad_narrow(const uint8_t *codes, const uint8_t *x, __m256i (&su
     for (int m = 0; m < MR; ++m) {
       const __m256i xm = _mm256_set1_epi32(reinterpret_cast<const int32_t *>(x)[Q * MR + m]);
       sum[n][m] = _mm256_add_epi16(sum[n][m], _mm256_maddubs_epi16(bytes, xm));
+      keep(sum[n][m]);
     }
   }
 }
@@ -167,7 +182,10 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
   for (int n = 0; n < NH; ++n) {
     const __m256i zero = _mm256_load_si256(reinterpret_cast<const __m256i *>(a.grid->zero + (h0 + n) * 8));
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) acc[n][m] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(init[m]));
+    for (int m = 0; m < MR; ++m) {
+      const __m256i start = _mm256_set1_epi32(init[m]);
+      acc[n][m] = a.grid->symmetric ? start : _mm256_mullo_epi32(zero, start);
+    }
   }
   const uint8_t *codes = a.codes + h0 * 32, *x = a.x;
   for (int u = 0; u < a.units; ++u) {
@@ -187,81 +205,99 @@ LGQ_INLINE void tile_int8(const TileArgs &a, int h0) {
   }
 }
 
-struct Avx2 {
-  static int terms(const Product &p) { return p.mode == LGQ_INT8 ? 0 : 1; }
-  static constexpr int64_t word_bytes(int terms) { return terms == 0 ? 1 : 4; }
+// The sums of 16 bits of one unit, for every digit.
+template <int BITS, int D, int NH, int Q>
+LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m256i (&sum)[NH][D]) {
+#pragma GCC unroll 8
+  for (int n = 0; n < NH; ++n) {
+    const __m256i bytes = quad_bytes<BITS, Q>(codes + n * 32);
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) {
+      sum[n][d] = _mm256_add_epi16(sum[n][d], _mm256_maddubs_epi16(bytes, _mm256_set1_epi32(x[Q * D + d])));
+      keep(sum[n][d]);
+    }
+  }
+}
+
+template <int BITS, int D, int NH, int... Q>
+LGQ_INLINE void unit_digits(const uint8_t *codes, const int32_t *x, __m256i (&sum)[NH][D],
+                            std::integer_sequence<int, Q...>) {
+  (quad_digits<BITS, D, NH, Q>(codes, x, sum), ...);
+}
+
+template <int BITS, int D>
+LGQ_INLINE void tile_digits(const TileArgs &a, int h0) {
+  constexpr int NH = halves_of_digits<D>();
+  // Units whose products of at most 2 * max_code * 128 a quad fit into sums of 16 bits.
+  constexpr int kUnits = BITS == 4 ? 1 : BITS == 3 ? 2 : kSegment / kUnit;
+  __m256i acc[NH][D], sum[NH][D];
+#pragma GCC unroll 8
+  for (int n = 0; n < NH; ++n)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) acc[n][d] = sum[n][d] = _mm256_setzero_si256();
+  const uint8_t *codes = a.codes + h0 * 32;
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x);
+  for (int u = 0; u < a.units;) {
+    for (int stop = u + kUnits; u < stop && u < a.units; ++u) {
+      unit_digits<BITS>(codes, x, sum, std::make_integer_sequence<int, kQuads>());
+      codes += kRunBytes * BITS;
+      x += kQuads * D;
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < NH; ++n)
+#pragma GCC unroll 4
+      for (int d = 0; d < D; ++d) {
+        acc[n][d] = _mm256_add_epi32(acc[n][d], _mm256_madd_epi16(sum[n][d], _mm256_set1_epi16(1)));
+        sum[n][d] = _mm256_setzero_si256();
+      }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NH; ++n) {
+    __m256 digits = _mm256_cvtepi32_ps(acc[n][0]);
+#pragma GCC unroll 3
+    for (int d = 1; d < D; ++d)
+      digits = _mm256_fmadd_ps(digits, _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(acc[n][d]));
+    __m256 start = _mm256_broadcast_ss(a.init);
+    if (!a.grid->symmetric) start = _mm256_mul_ps(start, _mm256_load_ps(a.grid->zero + (h0 + n) * 8));
+    const __m256 sums = _mm256_fmadd_ps(digits, _mm256_broadcast_ss(a.scale), start);
+    const __m256 scale = _mm256_load_ps(a.grid->scale + (h0 + n) * 8);
+    float *total = a.totals + (h0 + n) * 8;
+    _mm256_store_ps(total, _mm256_fmadd_ps(sums, scale, _mm256_load_ps(total)));
+  }
+}
+
+struct Avx2 : QuadKernel {
+  static int form(const Product &p) {
+    if (p.mode == LGQ_INT8) return kInt8;
+    if (p.rows > 1 || p.w.header->bits == 8) return kFloat;
+    return p.dtype == LGQ_F32 ? kFourDigits : kThreeDigits;
+  }
 
   template <int BITS, int T>
   static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
     for (int o = 0; o < kBlock; o += 8) {
       const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i *>(scales + o));
       _mm256_store_ps(g->scale + o, _mm256_cvtph_ps(half));
+      if (g->symmetric) continue;
       const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(zeros + o)));
-      _mm256_store_ps(g->zero + o, T == 0 ? _mm256_castsi256_ps(zero) : _mm256_cvtepi32_ps(zero));
+      _mm256_store_ps(g->zero + o, T == kInt8 ? _mm256_castsi256_ps(zero) : _mm256_cvtepi32_ps(zero));
     }
   }
 
   template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
-    constexpr int NH = halves_at_once<MR>();
+    constexpr int NH = has_digits(T) ? halves_of_digits<digits_of(T)>() : halves_at_once<MR>();
     for (int h0 = 0; h0 < 2 * kVectorsPerBlock; h0 += NH) {
-      if constexpr (T == 0)
+      if constexpr (T == kInt8)
         tile_int8<BITS, MR, NH>(a, h0);
-      else
+      else if constexpr (T == kFloat)
         tile_exact<BITS, MR, NH>(a, h0);
+      else if constexpr (MR == 1 && BITS < 8)  // form() asks for no other
+        tile_digits<BITS, digits_of(T)>(a, h0);
     }
-  }
-
-  static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
-    for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);
   }
 };
 
-void prepare_rows(const Product &p, int64_t begin, int64_t end) {
-  const bool int8 = p.mode == LGQ_INT8;
-  const int64_t word = Avx2::word_bytes(Avx2::terms(p));
-  const Activations x(p, word);
-  alignas(32) float f[kSegment];
-  alignas(32) int8_t q[kSegment];
-  for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows);
-    const int64_t lane = row - tile.start;
-    for (int64_t s = 0; s < x.segments; ++s) {
-      const Segment &segment = p.w.segments[s];
-      const int n = segment.units * kUnit;
-      load_segment(p, row, segment, f);
-      const int64_t at = tile.start * x.segments + s * tile.rows + lane;
-      uint8_t *out = x.words + tile.start * x.row_bytes + int64_t{segment.unit} * kUnit * tile.rows * word;
-      if (int8) {
-        x.scale[at] = round_to_int8(f, n, q);
-        int32_t sum = 0;
-        for (int k = 0; k < n; ++k) sum += q[k];
-        reinterpret_cast<int32_t *>(x.init)[at] = -sum;
-      } else {
-        float sum[8] = {};
-        for (int k = 0; k < n; k += 8)
-          for (int l = 0; l < 8; ++l) sum[l] += f[k + l];
-        x.init[at] = -(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
-      }
-      for (int quad = 0; quad < n / 4; ++quad) {
-        if (int8)
-          std::memcpy(out + (quad * tile.rows + lane) * 4, q + quad * 4, 4);
-        else
-          std::memcpy(out + (quad * tile.rows + lane) * 16, f + quad * 4, 16);
-      }
-    }
-  }
-}
-
-int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx2::word_bytes(Avx2::terms(p))); }
-
-void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
-  if (Avx2::terms(p) == 0)
-    multiply_blocks_with<Avx2, 0>(p, begin, end);
-  else
-    multiply_blocks_with<Avx2, 1>(p, begin, end);
-}
-
 }  // namespace
 
-const lgq::MatmulKernels lgq::kMatmulAvx2 = {scratch_bytes, prepare_rows, multiply_blocks};
+const lgq::MatmulKernels lgq::kMatmulAvx2 = QuadEntries<Avx2, kInt8, kFloat, kThreeDigits, kFourDigits>::kernels;

@@ -2,13 +2,15 @@
 //
 // exact: a code c becomes a bf16 without a conversion, by putting its bits into a mantissa: 1 + c / 2^bits (8-bit codes as
 // two nibbles: 1 + low / 16 and 16 + high). All of these are exact, the constant's share is taken off by starting the
-// accumulator at -(A + zero / D) * sum(x). float32 activations are split into three bf16 terms (24 bits), float16 into two.
+// accumulator at -(A + zero / D) * sum(x). float32 activations are split into three bf16 terms (24 bits), float16 into two;
+// a single row of them is cheaper as four or three digits of a fixed-point number (matmul_quads.h): an integer dot product
+// takes twice as many codes.
 // int8: codes are unsigned bytes, activations signed ones; the accumulator starts at -zero * sum(x).
 #include <immintrin.h>
 
 #include <utility>
 
-#include "matmul_driver.h"
+#include "matmul_quads.h"
 
 namespace {
 
@@ -168,6 +170,53 @@ LGQ_INLINE void tile_int8(const TileArgs &a) {
   }
 }
 
+template <int BITS, int D, int Q>
+LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i w[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) {
+    const __m512i digit = _mm512_set1_epi32(x[Q * D + d]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v) acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], w[v], digit);
+  }
+}
+
+template <int BITS, int D, int... Q>
+LGQ_INLINE void unit_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D],
+                            std::integer_sequence<int, Q...>) {
+  (quad_digits<BITS, D, Q>(codes, x, acc), ...);
+}
+
+template <int BITS, int D>
+LGQ_INLINE void tile_digits(const TileArgs &a) {
+  __m512i acc[kVectorsPerBlock][D];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) acc[v][d] = _mm512_setzero_si512();
+  const uint8_t *codes = a.codes;
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x);
+  for (int u = 0; u < a.units; ++u) {
+    unit_digits<BITS>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+    codes += kRunBytes * BITS;
+    x += kQuads * D;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    __m512 digits = _mm512_cvtepi32_ps(acc[v][0]);
+#pragma GCC unroll 3
+    for (int d = 1; d < D; ++d)
+      digits = _mm512_fmadd_ps(digits, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(acc[v][d]));
+    __m512 start = _mm512_set1_ps(a.init[0]);
+    if (!a.grid->symmetric) start = _mm512_mul_ps(start, _mm512_load_ps(a.grid->zero + v * kVector));
+    const __m512 sum = _mm512_fmadd_ps(digits, _mm512_set1_ps(a.scale[0]), start);
+    float *total = a.totals + v * kVector;
+    _mm512_store_ps(total, _mm512_fmadd_ps(sum, _mm512_load_ps(a.grid->scale + v * kVector), _mm512_load_ps(total)));
+  }
+}
+
 template <int BITS, int T, int MR, int AHEAD, int... Q>
 LGQ_INLINE void unit_exact(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
                            __m512 (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
@@ -204,25 +253,30 @@ LGQ_INLINE void tile_exact(const TileArgs &a) {
   }
 }
 
+constexpr bool is_terms(int T) { return T >= kOneTerm && T <= kThreeTerms; }
+
 struct Avx512 {
-  static int terms(const Product &p) {
-    if (p.mode == LGQ_INT8) return 0;
-    return p.dtype == LGQ_BF16 ? 1 : p.dtype == LGQ_F16 ? 2 : 3;
+  static int form(const Product &p) {
+    if (p.mode == LGQ_INT8) return kInt8;
+    if (p.rows == 1) return p.dtype == LGQ_F32 ? kFourDigits : kThreeDigits;
+    return p.dtype == LGQ_BF16 ? kOneTerm : p.dtype == LGQ_F16 ? kTwoTerms : kThreeTerms;
   }
-  static constexpr int64_t word_bytes(int terms) { return terms == 0 ? 1 : 2 * terms; }
+  static constexpr int64_t word_bytes(int T) { return T == kInt8 || has_digits(T) ? digits_of(T) : 2 * T; }
 
   template <int BITS, int T>
   static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
     for (int v = 0; v < kVectorsPerBlock; ++v) {
       const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(scales + v * kVector));
       __m512 scale = _mm512_cvtph_ps(half);
-      if (T > 0) scale = _mm512_mul_ps(scale, _mm512_set1_ps(Mantissa<BITS>::D));
+      if (is_terms(T)) scale = _mm512_mul_ps(scale, _mm512_set1_ps(Mantissa<BITS>::D));
       _mm512_store_ps(g->scale + v * kVector, scale);
       if (g->symmetric) continue;
       const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros + v * kVector));
       const __m512i zero = _mm512_cvtepu8_epi32(bytes);
-      if (T == 0) {
+      if (T == kInt8) {
         _mm512_store_si512(g->zero + v * kVector, zero);
+      } else if (has_digits(T)) {
+        _mm512_store_ps(g->zero + v * kVector, _mm512_cvtepi32_ps(zero));
       } else {
         const __m512 shifted = _mm512_fmadd_ps(_mm512_cvtepi32_ps(zero), _mm512_set1_ps(1.0f / Mantissa<BITS>::D),
                                                _mm512_set1_ps(Mantissa<BITS>::A));
@@ -233,10 +287,12 @@ struct Avx512 {
 
   template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
-    if constexpr (T == 0)
+    if constexpr (T == kInt8)
       tile_int8<BITS, MR, AHEAD>(a);
-    else
+    else if constexpr (is_terms(T))
       tile_exact<BITS, T, MR, AHEAD>(a);
+    else if constexpr (MR == 1)  // form() asks for no other
+      tile_digits<BITS, digits_of(T)>(a);
   }
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
@@ -259,36 +315,6 @@ struct Avx512 {
 LGQ_INLINE float start_exact(const PackedHeader &h, float sum) {
   const float A = h.bits == 8 ? Mantissa<8>::A : 1.0f, D = h.bits == 8 ? Mantissa<8>::D : static_cast<float>(1 << h.bits);
   return h.symmetric ? -(A + static_cast<float>(h.zero) / D) * sum : -sum;
-}
-
-void prepare_int8(const Product &p, const Activations &x, int64_t row, const Tile &tile, int64_t s) {
-  const PackedHeader &h = *p.w.header;
-  const Segment &segment = p.w.segments[s];
-  alignas(64) float f[kSegment];
-  alignas(64) int8_t q[kSegment];
-  load_segment(p, row, segment, f);
-  const int n = segment.units * kUnit;
-  __m512 largest = _mm512_setzero_ps();
-  for (int k = 0; k < n; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(f + k)));
-  const float most = _mm512_reduce_max_ps(largest);
-  const __m512 inverse = _mm512_set1_ps(most > 0.0f ? 127.0f / most : 0.0f);
-  __m512i sum = _mm512_setzero_si512();
-  for (int k = 0; k < n; k += 16) {
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(f + k), inverse));
-    sum = _mm512_add_epi32(sum, rounded);
-    _mm_store_si128(reinterpret_cast<__m128i *>(q + k), _mm512_cvtepi32_epi8(rounded));
-  }
-  const int64_t lane = row - tile.start;
-  const int64_t at = tile.start * x.segments + s * tile.rows + lane;
-  const int32_t total = _mm512_reduce_add_epi32(sum);
-  reinterpret_cast<int32_t *>(x.init)[at] = h.symmetric ? -h.zero * total : -total;
-  x.scale[at] = most / 127.0f;
-  auto *out = reinterpret_cast<uint32_t *>(x.words + tile.start * x.row_bytes + int64_t{segment.unit} * kUnit * tile.rows);
-  if (tile.rows == 1) {
-    std::memcpy(out, q, static_cast<size_t>(n));
-    return;
-  }
-  for (int quad = 0; quad < n / 4; ++quad) std::memcpy(out + quad * tile.rows + lane, q + quad * 4, 4);
 }
 
 void prepare_exact(const Product &p, const Activations &x, int terms, int64_t row, const Tile &tile, int64_t s) {
@@ -321,33 +347,29 @@ void prepare_exact(const Product &p, const Activations &x, int terms, int64_t ro
     for (int t = 0; t < terms; ++t) out[(pair * terms + t) * tile.rows + lane] = pairs[t][pair];
 }
 
-int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx512::word_bytes(Avx512::terms(p))); }
+int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx512::word_bytes(Avx512::form(p))); }
 
 void prepare_rows(const Product &p, int64_t begin, int64_t end) {
-  const int terms = Avx512::terms(p);
-  const Activations x(p, Avx512::word_bytes(terms));
+  const int form = Avx512::form(p);
+  const Activations x(p, Avx512::word_bytes(form));
   for (int64_t row = begin; row < end; ++row) {
     const Tile tile = tile_of(row, p.rows);
     for (int64_t s = 0; s < x.segments; ++s) {
-      if (terms == 0)
-        prepare_int8(p, x, row, tile, s);
+      if (form == kInt8)
+        prepare_quads<kInt8>(p, 0, x, row, tile, s);
+      else if (form == kThreeDigits)
+        prepare_quads<kThreeDigits>(p, 0, x, row, tile, s);
+      else if (form == kFourDigits)
+        prepare_quads<kFourDigits>(p, 0, x, row, tile, s);
       else
-        prepare_exact(p, x, terms, row, tile, s);
+        prepare_exact(p, x, form, row, tile, s);
     }
   }
 }
 
 void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
-  switch (Avx512::terms(p)) {
-    case 0:
-      return multiply_blocks_with<Avx512, 0>(p, begin, end);
-    case 1:
-      return multiply_blocks_with<Avx512, 1>(p, begin, end);
-    case 2:
-      return multiply_blocks_with<Avx512, 2>(p, begin, end);
-    default:
-      return multiply_blocks_with<Avx512, 3>(p, begin, end);
-  }
+  const int form = Avx512::form(p);
+  multiply_in_form<Avx512, kInt8, kOneTerm, kTwoTerms, kThreeTerms, kThreeDigits, kFourDigits>(p, form, begin, end);
 }
 
 }  // namespace

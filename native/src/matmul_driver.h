@@ -5,10 +5,9 @@
 //   template <int BITS, int T, int MR, int AHEAD> static void tile(TileArgs)   totals += one segment for MR rows; fetches
 //                                                                              1 / AHEAD of the next one, 0: nothing
 //   static void store_row(const float *totals, const float *bias, void *y, ...)
-//   static int terms(const Product &)                                          the T for this product
 //   static int64_t word_bytes(T)                                               bytes of prepared activation per input
 //
-// T = 0 is int8 arithmetic; otherwise the number of terms that an activation is split into.
+// T says what an activation is, see below.
 // Internal linkage throughout: the linker must not merge versions compiled with different flags.
 #pragma once
 
@@ -21,6 +20,10 @@
 namespace {
 
 using namespace lgq;
+
+// Forms of a prepared activation: one byte, rounded to 8 bits per segment (int8 arithmetic); one to three bf16 terms that
+// add up to it; a float32; three or four bytes, the digits of a fixed-point number (matmul_quads.h).
+constexpr int kInt8 = 0, kOneTerm = 1, kTwoTerms = 2, kThreeTerms = 3, kFloat = 4, kThreeDigits = 13, kFourDigits = 14;
 
 // 4 rows x 4 vectors: each activation that is broadcast serves four products. 8 or 12 rows x 2 vectors have fewer loads
 // in all, but their broadcasts compete with the dot products (Zen 4, int8: 0.81 and 0.75 of peak against 0.88).
@@ -85,39 +88,58 @@ struct TileArgs {
   float *totals;  // [row][64]
 };
 
-template <class Load>
-inline void load_inputs(const Product &p, const Segment &s, float *f, Load load) {
+template <class Number, float (*convert)(Number)>
+inline void load_inputs(const Product &p, int64_t row, const Segment &s, float *__restrict f) {
+  const Number *x = static_cast<const Number *>(p.x) + row * p.x_stride;
+  const int inputs = s.inputs, padded = s.units * kUnit;
   if (p.w.permutation != nullptr) {
     const int32_t *from = p.w.permutation + s.position;
-    for (int k = 0; k < s.inputs; ++k) f[k] = load(from[k]);
+    for (int k = 0; k < inputs; ++k) f[k] = convert(x[from[k]]);
   } else {
-    for (int k = 0; k < s.inputs; ++k) f[k] = load(s.position + k);
+    const Number *__restrict from = x + s.position;
+    for (int k = 0; k < inputs; ++k) f[k] = convert(from[k]);
   }
-  for (int k = s.inputs; k < s.units * kUnit; ++k) f[k] = 0.0f;
+  for (int k = inputs; k < padded; ++k) f[k] = 0.0f;
 }
+
+inline float same(float f) { return f; }
 
 // x of one segment and row as float, padded with zeros to whole units.
 inline void load_segment(const Product &p, int64_t row, const Segment &s, float *f) {
-  const float *wide = static_cast<const float *>(p.x) + row * p.x_stride;
-  const uint16_t *narrow = static_cast<const uint16_t *>(p.x) + row * p.x_stride;
   if (p.dtype == LGQ_F32)
-    load_inputs(p, s, f, [=](int32_t i) { return wide[i]; });
+    load_inputs<float, same>(p, row, s, f);
   else if (p.dtype == LGQ_BF16)
-    load_inputs(p, s, f, [=](int32_t i) { return bf16_to_float(narrow[i]); });
+    load_inputs<uint16_t, bf16_to_float>(p, row, s, f);
   else
-    load_inputs(p, s, f, [=](int32_t i) { return half_to_float(narrow[i]); });
+    load_inputs<uint16_t, half_to_float>(p, row, s, f);
 }
 
-// q = round(f * 127 / max|f|), ties to even; returns the scale max|f| / 127.
-inline float round_to_int8(const float *f, int n, int8_t *q) {
-  float most = 0.0f;
+// The bits of the largest |f|; a NaN counts as larger than infinity, so that neither gets lost.
+inline uint32_t largest_magnitude(const float *f, int n) {
+  uint32_t most = 0;
   for (int k = 0; k < n; ++k) {
-    const float magnitude = f[k] < 0.0f ? -f[k] : f[k];
+    const uint32_t magnitude = float_to_bits(f[k]) & 0x7fffffffu;
     most = magnitude > most ? magnitude : most;
   }
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  return most;
+}
+
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+// q = round(f * 127 / max|f|), ties to even; returns the scale max|f| / 127, a NaN when an input is not finite.
+inline float round_to_int8(const float *f, int n, int8_t *q) {
+  const uint32_t bits = largest_magnitude(f, n);
+  if (bits >= kInfinity) {
+    std::memset(q, 0, static_cast<size_t>(n));
+    return __builtin_nanf("");
+  }
+  const float most = bits_to_float(bits), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  float scaled[kSegment];
+  for (int k = 0; k < n; ++k) scaled[k] = f[k] * inverse;
+  // A product fused with the sum below would round other ties than the instruction sets without fused products do.
+  asm volatile("" : : "r"(scaled) : "memory");
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low mantissa bits
-  for (int k = 0; k < n; ++k) q[k] = static_cast<int8_t>(float_to_bits(f[k] * inverse + kRound));
+  for (int k = 0; k < n; ++k) q[k] = static_cast<int8_t>(float_to_bits(scaled[k] + kRound));
   return most / 127.0f;
 }
 
@@ -186,6 +208,12 @@ void multiply_blocks_with(const Product &p, int64_t begin, int64_t end) {
     default:
       return multiply_blocks_as<Kernel, 8, T>(p, begin, end);
   }
+}
+
+// The product in the one of the forms T that `form` names.
+template <class Kernel, int... T>
+void multiply_in_form(const Product &p, int form, int64_t begin, int64_t end) {
+  ((form == T ? multiply_blocks_with<Kernel, T>(p, begin, end) : void()), ...);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The quantized product in plain C++: correct everywhere, vectorised by the compiler as far as the baseline allows.
-#include "matmul_driver.h"
+#include "matmul_quads.h"
 
 namespace {
 
@@ -48,9 +48,8 @@ void tile_as(const TileArgs &a) {
   }
 }
 
-struct Portable {
-  static int terms(const Product &p) { return p.mode == LGQ_INT8 ? 0 : 1; }
-  static constexpr int64_t word_bytes(int terms) { return terms == 0 ? 1 : 4; }
+struct Portable : QuadKernel {
+  static int form(const Product &p) { return p.mode == LGQ_INT8 ? kInt8 : kFloat; }
 
   template <int BITS, int T>
   static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
@@ -63,51 +62,13 @@ struct Portable {
 
   template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
-    if constexpr (T == 0)
+    if constexpr (T == kInt8)
       tile_as<BITS, int32_t, int8_t, MR>(a);
     else
       tile_as<BITS, float, float, MR>(a);
   }
-
-  static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
-    for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);
-  }
 };
-
-void prepare_rows(const Product &p, int64_t begin, int64_t end) {
-  const bool int8 = p.mode == LGQ_INT8;
-  const Activations x(p, Portable::word_bytes(Portable::terms(p)));
-  float f[kSegment];
-  int8_t q[kSegment];
-  for (int64_t row = begin; row < end; ++row) {
-    const Tile tile = tile_of(row, p.rows);
-    const int64_t lane = row - tile.start;
-    for (int64_t s = 0; s < x.segments; ++s) {
-      const Segment &segment = p.w.segments[s];
-      const int n = segment.units * kUnit;
-      load_segment(p, row, segment, f);
-      uint8_t *out = x.words + tile.start * x.row_bytes +
-                     int64_t{segment.unit} * kUnit * tile.rows * Portable::word_bytes(Portable::terms(p));
-      if (int8) x.scale[tile.start * x.segments + s * tile.rows + lane] = round_to_int8(f, n, q);
-      for (int quad = 0; quad < n / 4; ++quad) {
-        if (int8)
-          std::memcpy(out + (quad * tile.rows + lane) * 4, q + quad * 4, 4);
-        else
-          std::memcpy(out + (quad * tile.rows + lane) * 16, f + quad * 4, 16);
-      }
-    }
-  }
-}
-
-int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Portable::word_bytes(Portable::terms(p))); }
-
-void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
-  if (Portable::terms(p) == 0)
-    multiply_blocks_with<Portable, 0>(p, begin, end);
-  else
-    multiply_blocks_with<Portable, 1>(p, begin, end);
-}
 
 }  // namespace
 
-const lgq::MatmulKernels lgq::kMatmulPortable = {scratch_bytes, prepare_rows, multiply_blocks};
+const lgq::MatmulKernels lgq::kMatmulPortable = QuadEntries<Portable, kInt8, kFloat>::kernels;

@@ -20,7 +20,8 @@ void run_on_threads(int threads, void (*body)(void *, int, int), void *context) 
 #else
 
 int max_threads() {
-  const unsigned n = std::thread::hardware_concurrency();
+  // Asked once: the C library opens files to find out, which takes as long as a small product.
+  static const unsigned n = std::thread::hardware_concurrency();
   return n == 0 ? 1 : static_cast<int>(n);
 }
 

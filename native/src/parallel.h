@@ -36,4 +36,43 @@ static void parallel_for(int64_t count, int64_t grain, F f) {
   parallel(threads, body);
 }
 
+// A run of items [begin, end) that its own thread takes from the front, and threads without work from the back.
+struct alignas(64) ItemRange {
+  uint64_t ends;  // begin in the low half, end in the high one, so that one atomic operation changes either
+
+  bool take(bool front, int64_t *item) {
+    uint64_t now = __atomic_load_n(&ends, __ATOMIC_RELAXED);
+    for (;;) {
+      const uint64_t begin = now & 0xffffffffu, end = now >> 32;
+      if (begin >= end) return false;
+      const uint64_t next = front ? now + 1 : now - (uint64_t{1} << 32);
+      if (__atomic_compare_exchange_n(&ends, &now, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        *item = static_cast<int64_t>(front ? begin : end - 1);
+        return true;
+      }
+    }
+  }
+};
+
+// Calls f(item) for each of [0, count), count below 2^32. Every thread walks through a contiguous run, as memory likes it,
+// and then helps the others: with 113 products a token, a core that something else slows down holds up all of them.
+template <class F>
+static void parallel_items(int64_t count, F f) {
+  constexpr int kMost = 256;
+  int threads = max_threads();
+  if (threads > kMost) threads = kMost;
+  if (count < threads) threads = static_cast<int>(count);
+  ItemRange runs[kMost];
+  for (int t = 0; t < threads; ++t)
+    runs[t].ends = static_cast<uint64_t>(count * t / threads) | static_cast<uint64_t>(count * (t + 1) / threads) << 32;
+  auto body = [&](int thread, int) {
+    int64_t item;
+    for (int k = 0; k < threads; ++k) {
+      const int owner = (thread + k) % threads;
+      while (runs[owner].take(k == 0, &item)) f(item);
+    }
+  };
+  parallel(threads, body);
+}
+
 }  // namespace lgq

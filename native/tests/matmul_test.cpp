@@ -1,4 +1,5 @@
 // The quantized product against the weight computed element by element from the checkpoint's tensors.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -45,49 +46,140 @@ struct Layer {
     const uint32_t zero = (code(qzeros.data() + g * zero_words, 1, o) + 1) & mask;
     return scale * (static_cast<double>(code(qweight.data() + o, out, i)) - zero);
   }
+
+  // What int8 arithmetic makes of one row: 8 bits for every run of at most 128 inputs of a group.
+  std::vector<double> rounded(const double *x) const {
+    std::vector<double> result(static_cast<size_t>(in));
+    for (int64_t g = 0; g < groups; ++g) {
+      std::vector<int64_t> members;
+      for (int64_t i = 0; i < in; ++i)
+        if (g_idx[i] == g) members.push_back(i);
+      for (size_t first = 0; first < members.size(); first += 128) {
+        const size_t last = std::min(first + 128, members.size());
+        float most = 0;
+        for (size_t k = first; k < last; ++k) most = std::fmax(most, static_cast<float>(std::fabs(x[members[k]])));
+        const float inverse = most > 0 ? 127.0f / most : 0.0f;
+        for (size_t k = first; k < last; ++k)
+          result[members[k]] = std::nearbyintf(static_cast<float>(x[members[k]]) * inverse) * (most / 127.0f);
+      }
+    }
+    return result;
+  }
+};
+
+// Numbers of one dtype in a buffer of exactly their size. All values put in are exact in every dtype.
+struct Buffer {
+  int32_t dtype;
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+
+  Buffer(int32_t type, int64_t count)
+      : dtype(type), wide(type == LGQ_F32 ? count : 0), narrow(type == LGQ_F32 ? 0 : count) {}
+  void *data() { return dtype == LGQ_F32 ? static_cast<void *>(wide.data()) : narrow.data(); }
+  int fraction_bits() const { return dtype == LGQ_F32 ? 23 : dtype == LGQ_BF16 ? 7 : 10; }
+  int bias() const { return dtype == LGQ_F16 ? 15 : 127; }
+
+  void set(int64_t i, double value) {
+    if (dtype == LGQ_F32) {
+      wide[i] = static_cast<float>(value);
+    } else if (std::isnan(value) || std::isinf(value)) {
+      narrow[i] = static_cast<uint16_t>((dtype == LGQ_BF16 ? 0x7f80 : 0x7c00) + (std::isnan(value) ? 1 : 0));
+    } else if (value == 0) {
+      narrow[i] = 0;
+    } else {
+      int exponent;
+      const double fraction = std::frexp(std::fabs(value), &exponent) * 2 - 1;
+      const int bits = static_cast<int>(std::ldexp(fraction, fraction_bits()));
+      narrow[i] = static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | (exponent - 1 + bias()) << fraction_bits() | bits);
+    }
+  }
+  double get(int64_t i) const {
+    if (dtype == LGQ_F32) return wide[i];
+    const int fraction = narrow[i] & ((1 << fraction_bits()) - 1), exponent = (narrow[i] & 0x7fff) >> fraction_bits();
+    if (exponent == (0x7fff >> fraction_bits())) return fraction ? NAN : INFINITY;
+    const double magnitude =
+        std::ldexp(fraction + (exponent ? 1 << fraction_bits() : 0), (exponent ? exponent : 1) - bias() - fraction_bits());
+    return narrow[i] >> 15 ? -magnitude : magnitude;
+  }
 };
 
 struct Free {
   void operator()(void *p) const { std::free(p); }
 };
 
-void check_layer(const Layer &layer) {
+struct Packed {
+  std::unique_ptr<void, Free> memory;
   int64_t bytes = 0;
-  CHECK(lgq_packed_bytes(layer.in, layer.out, layer.groups, layer.bits, layer.g_idx.data(), &bytes) == LGQ_OK);
-  void *memory = nullptr;
-  CHECK(posix_memalign(&memory, 64, static_cast<size_t>(bytes)) == 0);
-  const std::unique_ptr<void, Free> packed(memory);
-  CHECK(lgq_pack(layer.in, layer.out, layer.groups, layer.bits, 1, layer.qweight.data(), layer.qzeros.data(),
-                 layer.scales.data(), layer.g_idx.data(), memory, bytes) == LGQ_OK);
-  std::vector<float> w(static_cast<size_t>(layer.in * layer.out));
-  CHECK(lgq_dequantize(memory, bytes, w.data(), LGQ_F32) == LGQ_OK);
+
+  explicit Packed(const Layer &layer) {
+    CHECK(lgq_packed_bytes(layer.in, layer.out, layer.groups, layer.bits, layer.g_idx.data(), &bytes) == LGQ_OK);
+    void *start = nullptr;
+    CHECK(posix_memalign(&start, 64, static_cast<size_t>(bytes)) == 0);
+    memory.reset(start);
+    CHECK(lgq_pack(layer.in, layer.out, layer.groups, layer.bits, 1, layer.qweight.data(), layer.qzeros.data(),
+                   layer.scales.data(), layer.g_idx.data(), start, bytes) == LGQ_OK);
+  }
+};
+
+// Relative to sum |x||w|: float32 sums of at most 300 products, and the constants that are added to codes; then the
+// rounding of the output. int8 is compared with what its own rounding of x gives, so it has the same bound.
+void check_row(const Layer &layer, const std::vector<double> &w, const double *x, const Buffer &y, int64_t row,
+               int32_t mode) {
+  const std::vector<double> seen =
+      mode == LGQ_INT8 ? layer.rounded(x) : std::vector<double>(x, x + layer.in);
+  const double rounding = std::ldexp(1.0, -1 - y.fraction_bits());
+  for (int64_t o = 0; o < layer.out; ++o) {
+    double sum = 0, magnitude = 0;
+    for (int64_t i = 0; i < layer.in; ++i) {
+      sum += seen[i] * w[o * layer.in + i];
+      magnitude += std::fabs(seen[i] * w[o * layer.in + i]);
+    }
+    const double bound = 300 * std::ldexp(1.0, -24) * magnitude + rounding * std::fabs(sum) + std::ldexp(1.0, -25);
+    CHECK(std::fabs(y.get(row * layer.out + o) - sum) <= bound);
+  }
+}
+
+void check_layer(const Layer &layer) {
+  const Packed packed(layer);
+  std::vector<float> dense(static_cast<size_t>(layer.in * layer.out));
+  std::vector<double> w(dense.size());
+  CHECK(lgq_dequantize(packed.memory.get(), packed.bytes, dense.data(), LGQ_F32) == LGQ_OK);
   for (int64_t o = 0; o < layer.out; ++o)
     for (int64_t i = 0; i < layer.in; ++i) {
-      const double expected = layer.weight(o, i);
-      CHECK(std::fabs(w[o * layer.in + i] - expected) <= 1e-6 * std::fabs(expected));
+      const double expected = w[o * layer.in + i] = layer.weight(o, i);
+      CHECK(std::fabs(dense[o * layer.in + i] - expected) <= 1e-6 * std::fabs(expected));
     }
   Random random(1);
-  for (const int64_t rows : {1, 3, 9, 33}) {
-    std::vector<float> x(static_cast<size_t>(rows * layer.in)), y(static_cast<size_t>(rows * layer.out));
-    for (float &v : x) v = random.normal();
-    for (const int32_t mode : {LGQ_EXACT, LGQ_INT8}) {
-      CHECK(lgq_matmul(memory, bytes, rows, x.data(), layer.in, nullptr, LGQ_F32, y.data(), layer.out, LGQ_F32,
-                       mode) == LGQ_OK);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t o = 0; o < layer.out; ++o) {
-          double sum = 0, squares = 0, largest = 0;
-          for (int64_t i = 0; i < layer.in; ++i) {
-            const double value = w[o * layer.in + i];
-            sum += x[r * layer.in + i] * value;
-            squares += value * value;
-            largest = std::fmax(largest, std::fabs(x[r * layer.in + i]));
-          }
-          // bf16 products in exact mode: 2^-8 each; 8-bit activations: half of largest / 127 each; signs are random
-          const double bound = (mode == LGQ_EXACT ? 0.03 : 0.04) * std::sqrt(squares) * largest + 1e-4;
-          CHECK(std::fabs(y[r * layer.out + o] - sum) <= bound);
-        }
+  for (const int64_t rows : {1, 3, 9, 33})
+    for (const int32_t dtype : {LGQ_F32, LGQ_BF16, LGQ_F16}) {
+      std::vector<double> x(static_cast<size_t>(rows * layer.in));
+      Buffer given(dtype, rows * layer.in), y(dtype, rows * layer.out);
+      for (size_t i = 0; i < x.size(); ++i) {
+        x[i] = static_cast<double>(random.below(255) - 127) / (random.below(8) ? 64 : 4096);
+        given.set(static_cast<int64_t>(i), x[i]);
+      }
+      for (const int32_t mode : {LGQ_EXACT, LGQ_INT8}) {
+        CHECK(lgq_matmul(packed.memory.get(), packed.bytes, rows, given.data(), layer.in, nullptr, LGQ_F32, y.data(),
+                         layer.out, dtype, mode) == LGQ_OK);
+        for (int64_t r = 0; r < rows; ++r) check_row(layer, w, x.data() + r * layer.in, y, r, mode);
+      }
     }
-  }
+}
+
+// What is no number in x is none in y, and other rows do not notice.
+void check_not_finite(const Layer &layer) {
+  const Packed packed(layer);
+  for (const double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY)})
+    for (const int64_t rows : {1, 6})
+      for (const int32_t dtype : {LGQ_F32, LGQ_BF16, LGQ_F16})
+        for (const int32_t mode : {LGQ_EXACT, LGQ_INT8}) {
+          Buffer x(dtype, rows * layer.in), y(dtype, rows * layer.out);
+          for (int64_t i = 0; i < rows * layer.in; ++i) x.set(i, 1);
+          x.set(layer.in - 2, bad);
+          CHECK(lgq_matmul(packed.memory.get(), packed.bytes, rows, x.data(), layer.in, nullptr, LGQ_F32, y.data(),
+                           layer.out, dtype, mode) == LGQ_OK);
+          for (int64_t i = 0; i < rows * layer.out; ++i) CHECK(std::isfinite(y.get(i)) == (i >= layer.out));
+        }
 }
 
 void check_refusals() {
@@ -113,5 +205,7 @@ void test_matmul() {
     check_layer(Layer(1, 1, bits, 32, false));
     check_layer(Layer(300, 5, bits, 300, false));
   }
+  check_not_finite(Layer(172, 41, 4, 64, false));
+  check_not_finite(Layer(60, 20, 8, 64, false));
   check_refusals();
 }
