@@ -127,7 +127,7 @@ def test_walking_from_block_to_block_is_the_models_own_forward(
     for i, (ids, extra) in enumerate(zip(batches, extras, strict=True)):
         hidden = flow._hidden(i, False)
         assert hidden is not None
-        have = flow.walk.leave(flow._call(i), hidden, flow._ended(i))[0]
+        have = flow.walk.leave(flow.call(i), hidden, flow._ended(i))[0]
         assert torch.equal(have, model(**forward_arguments(model, ids, extra))[0])
     flow.close()
 

@@ -181,6 +181,23 @@ class ShardWriter:
             )
         self._written.add(name)
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written, from the file. Raises CheckpointError when it was not."""
+        entry = self._entry(name)
+        file = self._files.get(self._place[name].file_name)
+        if file is None or name not in self._written:
+            raise CheckpointError(
+                f"tensor {name!r} cannot be read: it is not written, or the writer is not open"
+            )
+        data = bytearray(entry.nbytes)
+        position = 0
+        while position < len(data):
+            count = os.preadv(file, [memoryview(data)[position:]], entry.offset + position)
+            if not count:
+                raise CheckpointError(f"{self._place[name].file_name} is shorter than planned; start over")
+            position += count
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
     def mark_written(self, names: Iterable[str]) -> None:
         """Declare tensors that an interrupted run wrote and synced.
 

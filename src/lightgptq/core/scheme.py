@@ -30,6 +30,8 @@ class QuantScheme:
     mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
     refine        rounds of scale refitting and block descent after the sweep, each never increasing the loss.
+    tune          gradient steps that train codes and scales of the whole decoder block on its output after that
+                  (a block takes as many as the most of its linears ask for); takes a second forward, too.
 
     Raises UsageError when a value is not allowed.
     """
@@ -44,6 +46,7 @@ class QuantScheme:
     scale_search: str = "hessian"
     mismatch: float = 0.0
     refine: int = 0
+    tune: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -62,6 +65,8 @@ class QuantScheme:
             raise UsageError(
                 f"refine={self.refine!r} is not supported; give a number of rounds from 0 to 100"
             )
+        if not 0 <= self.tune <= 100_000:
+            raise UsageError(f"tune={self.tune!r} is not supported; give a number of steps from 0 to 100000")
         if self.scale_search not in SCALE_SEARCHES:
             raise UsageError(
                 f"scale_search={self.scale_search!r} is not supported; choose one of {', '.join(SCALE_SEARCHES)}"

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightgptq.core.grid import round_scales
+from lightgptq.core.trainable import TrainableWeight
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import QuantizationError
 
-EDGE = 0.45  # furthest that a position starts from its code: half a step away it would flip at once
 Batch = tuple[tuple[Any, ...], Mapping[str, Any], Tensor]
 
 
@@ -53,43 +52,6 @@ class TuneResult:
     after: float
 
 
-class _Positions(nn.Module):
-    """One linear's trainable state: a position (out, in) on the code axis and a log-scale (groups, out)."""
-
-    def __init__(self, q: QuantizedWeight, original: Tensor | None) -> None:
-        super().__init__()
-        self.group = q.g_idx.long()
-        self.max_code = (1 << q.bits) - 1
-        self.zeros = q.zeros.float()
-        self.start = q.scales.float()
-        position = q.codes.float()
-        if original is not None:
-            step = self.start[self.group].t()
-            position = position + ((original.float() - q.dequantize()) / step).clamp_(-EDGE, EDGE)
-        self.position = nn.Parameter(position)
-        self.ratio = nn.Parameter(torch.ones_like(self.start))
-
-    def forward(self) -> Tensor:
-        """The dequantized weight (out, in); gradients pass the rounding unchanged."""
-        rounded = self.position.detach().round().clamp_(0, self.max_code)
-        codes = self.position + (rounded - self.position.detach())
-        scales = self.start * self.ratio
-        return (codes - self.zeros[self.group].t()) * scales[self.group].t()
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Keeps positions where rounding can still change them, and scales on their side of zero."""
-        self.position.clamp_(-0.49, self.max_code + 0.49)
-        self.ratio.clamp_(0.1, 10.0)
-
-    @torch.no_grad()
-    def result(self, q: QuantizedWeight) -> QuantizedWeight:
-        """The integers and float16 scales reached; the layer's own loss is no longer known."""
-        codes = self.position.round().clamp_(0, self.max_code).to(torch.uint8)
-        scales = round_scales(self.start * self.ratio).half()
-        return replace(q, codes=codes, scales=scales, loss=float("nan"))
-
-
 def tune_block(
     block: nn.Module,
     batches: Sequence[Batch],
@@ -97,7 +59,7 @@ def tune_block(
     options: TuneOptions = TuneOptions(),
     *,
     originals: Mapping[str, Tensor] | None = None,
-    parameter: Callable[[str, Tensor], tuple[str, Tensor]] | None = None,
+    take: Callable[[Any], Tensor] | None = None,
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> TuneResult:
@@ -105,13 +67,11 @@ def tune_block(
 
     block      any module; its parameters are left as they are
     batches    (args, kwargs, target): what the block is called with in the quantized model, and the original
-               block's output for the original's inputs; the block's output is a tensor or starts with one
+               block's output for the original's inputs
     weights    by the linear's name inside the block
     originals  float (out, in) by the same names: where between two codes a weight starts
-    parameter  name and weight (out, in) -> the parameter's name and value in its layout; by default
-               ``name.weight`` as it is
-    objective  error (a scalar) of an output against its target; by default the mean squared difference. With a
-               whole model as block and the divergence of its logits this is end-to-end tuning
+    take       the tensor to be compared in what the block returns; by default that itself, or a tuple's first
+    objective  error (a scalar) of an output against its target; by default the mean squared difference
     progress   called with step and loss
 
     The result is never worse than the start on these batches: where training codes and scales together is, scales
@@ -122,18 +82,19 @@ def tune_block(
         raise QuantizationError(
             f"block tuning needs batches and weights, got {len(batches)} and {len(weights)}"
         )
-    place = parameter if parameter is not None else _as_weight
+    chosen = take if take is not None else _first
     error = objective if objective is not None else _mean_square
+    dtypes = {name: block.get_parameter(f"{name}.weight").dtype for name in weights}
+    start = originals or {}
     trained = {
-        name: _Positions(q, None if originals is None else originals[name]) for name, q in weights.items()
+        name: TrainableWeight(q, start.get(name), rounding=options.rounding_lr > 0)
+        for name, q in weights.items()
     }
 
     def output_error(values: Mapping[str, Tensor], batch: Batch) -> Tensor:
         args, kwargs, target = batch
-        swapped = dict(place(name, value) for name, value in values.items())
-        output = functional_call(block, swapped, args, dict(kwargs))
-        output = output[0] if isinstance(output, tuple) else output
-        return error(output, target)
+        swapped = {f"{name}.weight": value.to(dtypes[name]) for name, value in values.items()}
+        return error(chosen(functional_call(block, swapped, args, dict(kwargs))), target)
 
     @torch.no_grad()
     def mean_error(candidates: Mapping[str, QuantizedWeight]) -> float:
@@ -148,24 +109,23 @@ def tune_block(
         return TuneResult(tuned, before, after)
     if options.rounding_lr > 0:  # too many codes flipped together; scales alone are a smooth problem
         gentle = replace(options, rounding_lr=0.0)
-        return tune_block(
-            block, batches, weights, gentle, parameter=parameter, objective=objective, progress=progress
-        )
+        return tune_block(block, batches, weights, gentle, take=take, objective=objective, progress=progress)
     return TuneResult(dict(weights), before, before)
 
 
 def _train(
-    trained: Mapping[str, _Positions],
+    trained: Mapping[str, TrainableWeight],
     batches: Sequence[Batch],
     options: TuneOptions,
     output_error: Callable[[Mapping[str, Tensor], Batch], Tensor],
     progress: Callable[[int, float], None] | None,
 ) -> None:
     """Adam over positions and scale ratios, both step sizes falling linearly to 0."""
-    variables = [variable for one in trained.values() for variable in one.parameters()]
+    positions = [one.position for one in trained.values() if one.position.requires_grad]
+    variables = [*positions, *(one.ratio for one in trained.values())]
     optimizer = torch.optim.Adam(
         [
-            {"params": [one.position for one in trained.values()], "lr": options.rounding_lr},
+            {"params": positions, "lr": options.rounding_lr},
             {"params": [one.ratio for one in trained.values()], "lr": options.scale_lr},
         ],
         betas=(0.9, 0.95),
@@ -192,8 +152,8 @@ def _train(
                 progress(step, float(loss.detach()))
 
 
-def _as_weight(name: str, value: Tensor) -> tuple[str, Tensor]:
-    return f"{name}.weight", value
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _mean_square(output: Tensor, target: Tensor) -> Tensor:

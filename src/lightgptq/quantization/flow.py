@@ -78,7 +78,7 @@ class CalibrationFlow:
         def inputs(index: int) -> BlockInput:
             nonlocal first, windows
             hidden, ended = self._hidden(index, keep), self._ended(index)
-            entered = self.walk.enter(block.index, self._call(index), hidden, ended)
+            entered = self.walk.enter(block.index, self.call(index), hidden, ended)
             if first is None:
                 first, windows = BlockInput(entered.args, entered.kwargs), len(self.batches[index])
             else:
@@ -136,11 +136,15 @@ class CalibrationFlow:
     def leave(self) -> None:
         """Run the model from the output of its last block to its end, for every batch."""
         for index in range(len(self.batches)):
-            hidden = self._hidden(index, False)
-            assert hidden is not None
-            self.walk.leave(self._call(index), hidden, self._ended(index))
+            self.walk.leave(self.call(index), self.hidden(index), self._ended(index))
 
-    def _call(self, index: int) -> dict[str, Tensor]:
+    def hidden(self, index: int) -> Tensor:
+        """What left the last finished block for batch ``index``."""
+        store = self.store if self.store is not None else self.ended[max(self.ended)]
+        return store.read(index, self.skeleton.device)
+
+    def call(self, index: int) -> dict[str, Tensor]:
+        """The arguments of the model's forward for batch ``index``."""
         call = forward_arguments(self.skeleton.model, self.batches[index], self.extras[index])
         return {name: value.to(self.skeleton.device) for name, value in call.items()}
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lightgptq.errors import UsageError
 from lightgptq.quantization.blocks import DecoderBlock, find_blocks
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.device import exact_on
+from lightgptq.quantization.distill import DistillOptions
+from lightgptq.quantization.end_to_end import check_distillable, distill_options
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.heap import large_tensors_mapped, quick_collections
 from lightgptq.quantization.inputs import (
@@ -60,6 +62,7 @@ def quantize(
     device: str = "auto",
     max_memory: int | None = None,
     moe_all_experts: bool = False,
+    distill: int | DistillOptions = 0,
     strict: bool = False,
     restart: bool = False,
     revision: str | None = None,
@@ -85,6 +88,8 @@ def quantize(
     device       "auto", "cpu", "cuda", "cuda:1", ...
     max_memory   bytes that the process (on a GPU: its allocations) should stay below; decides how activations are held
     moe_all_experts  while calibrating every token goes to every expert, not only to those that its router chose
+    distill      gradient steps that train all scales on the original model's logits when every block is solved; for
+                 models of up to 2^30 weights also the codes, and also on text that the original samples
     strict       raise at the first module that could not be solved as asked
     restart      forget a half-finished or finished run at ``out``
 
@@ -105,12 +110,13 @@ def quantize(
     )
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
     windows = None
-    if target_bits is not None or any(s.method != "rtn" for s in plan.schemes.values()):
+    if target_bits is not None or distill or any(s.method != "rtn" or s.tune for s in plan.schemes.values()):
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
     for note in _notes(skeleton, plan, windows):
         listener(Progress(0, len(blocks), "read", note=note))
     job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
-    job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits}
+    training = _training(distill, skeleton, blocks, plan, windows)
+    job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits, "distill": asdict(training)}
     job["allotted"] = {} if target_bits is None else None if restart else previous_allotment(out, job)
     report = find_finished(out, job, restart=restart)
     if report is not None:
@@ -130,11 +136,38 @@ def quantize(
             config = replace(config, dynamic={**job["allotted"], **config.dynamic})
             plan = QuantPlan.build(skeleton, blocks, config, scheme)
             _warn_of_conflicts(blocks, plan)
-            flow, original = _flows(skeleton, blocks, plan, windows)
-            run = QuantizeRun(skeleton, blocks, plan, flow, original, job, strict=strict, listener=listener)
+            flow, original = _flows(skeleton, blocks, plan, windows, follow=training.steps > 0)
+            run = QuantizeRun(
+                skeleton,
+                blocks,
+                plan,
+                flow,
+                original,
+                job,
+                distill=training,
+                strict=strict,
+                listener=listener,
+            )
             report = run.execute(output, max_memory, max_shard_bytes)
     report.out, report.seconds = out, time.perf_counter() - started
     return report
+
+
+def _training(
+    distill: int | DistillOptions,
+    skeleton: ModelSkeleton,
+    blocks: list[DecoderBlock],
+    plan: QuantPlan,
+    windows: CalibrationSet | None,
+) -> DistillOptions:
+    """What is done end to end; raises where it cannot be."""
+    if not isinstance(distill, DistillOptions):
+        sizes = {f"{b.name}.{name}": m.weight.numel() for b in blocks for name, m in b.linears().items()}
+        weights = sum(size for name, size in sizes.items() if name in plan.schemes)
+        distill = distill_options(distill, weights, 0 if windows is None else windows.samples)
+    extras = windows is not None and bool(windows.extra)
+    check_distillable(skeleton, blocks, distill, extras=extras)
+    return distill
 
 
 def _open(
@@ -176,16 +209,22 @@ def _warn_of_conflicts(blocks: list[DecoderBlock], plan: QuantPlan) -> None:
 
 
 def _flows(
-    skeleton: ModelSkeleton, blocks: list[DecoderBlock], plan: QuantPlan, windows: CalibrationSet | None
+    skeleton: ModelSkeleton,
+    blocks: list[DecoderBlock],
+    plan: QuantPlan,
+    windows: CalibrationSet | None,
+    *,
+    follow: bool,
 ) -> tuple[CalibrationFlow | None, CalibrationFlow | None]:
-    """The quantized model's activations, and the original's where the plan corrects the mismatch between them."""
+    """The quantized model's activations, and the original's where something is compared with them."""
     schemes = plan.schemes.values()
-    if windows is None or all(s.method == "rtn" for s in schemes):
+    corrects = any(s.mismatch > 0 and s.method == "gptq" for s in schemes)
+    follow = follow or corrects or any(s.tune for s in schemes)
+    if windows is None or (not follow and all(s.method == "rtn" for s in schemes)):
         return None, None
     batches = windows.batches(BATCH_TOKENS)
-    corrects = any(s.mismatch > 0 and s.method == "gptq" for s in schemes)
     extras = windows.extra_batches(BATCH_TOKENS)
-    original = CalibrationFlow(skeleton, blocks, batches, "original", extras) if corrects else None
+    original = CalibrationFlow(skeleton, blocks, batches, "original", extras) if follow else None
     return CalibrationFlow(skeleton, blocks, batches, extras=extras), original
 
 

@@ -14,9 +14,10 @@ class Progress:
 
     block   position of the decoder block at work, from 0; equal to ``blocks`` at the output head and while finishing
     blocks  how many there are
-    stage   "resume", "read", "probe", "solve", "copy" or "publish"
+    stage   "resume", "sample", "read", "probe", "solve", "tune", "distill", "copy" or "publish"
     record  the module that has just been solved, with stage "solve"
     note    a sentence for the user, or None
+    part    with stages "tune" (of the block) and "distill" (of the model): steps that are done, and all
     """
 
     block: int
@@ -24,6 +25,7 @@ class Progress:
     stage: str
     record: ModuleRecord | None = None
     note: str | None = None
+    part: tuple[int, int] | None = None
 
 
 Listener = Callable[[Progress], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.writer import ShardWriter
 from lightgptq.core.hessian import HessianAccumulator
 from lightgptq.errors import QuantizationError
+from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, BlockNeeds
+from lightgptq.quantization.block_tuning import BlockBatches, tune_solved
 from lightgptq.quantization.blocks import DecoderBlock
-from lightgptq.quantization.budget import activation_budget, host_budget
-from lightgptq.quantization.device import peak_bytes
+from lightgptq.quantization.budget import activation_budget, experts_bytes, host_budget
+from lightgptq.quantization.device import held_bytes, peak_bytes
+from lightgptq.quantization.distill import DistillOptions
+from lightgptq.quantization.end_to_end import EndToEnd
 from lightgptq.quantization.flow import CalibrationFlow
-from lightgptq.quantization.groups import LinearGroup, discover_groups
+from lightgptq.quantization.groups import LinearGroup, Probe, probe_block
 from lightgptq.quantization.heap import give_back
 from lightgptq.quantization.history import remember
 from lightgptq.quantization.journal import Journal
@@ -31,9 +35,10 @@ from lightgptq.quantization.prefetch import Prefetch
 from lightgptq.quantization.progress import Listener, Progress
 from lightgptq.quantization.report import REPORT_FILE, QuantReport
 from lightgptq.quantization.solve import GroupSolver
+from lightgptq.quantization.stored import StoredWeights
 from lightgptq.quantization.timing import stage
 from lightgptq.quantization.workfolder import WorkFolder
-from lightgptq.quantization.writeback import AT_ONCE, WAITING_BYTES, WriteBack
+from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 
@@ -49,13 +54,15 @@ class QuantizeRun:
         original: CalibrationFlow | None,
         job: dict[str, Any],
         *,
+        distill: DistillOptions,
         strict: bool,
         listener: Listener,
     ) -> None:
         self.skeleton, self.blocks, self.plan, self.job = skeleton, blocks, plan, job
         self.flow, self.original = flow, original
-        self.strict, self.listener = strict, listener
-        self.groups: dict[tuple[Any, ...], list[LinearGroup]] = {}
+        self.distill, self.strict, self.listener = distill, strict, listener
+        self.probes: dict[tuple[Any, ...], Probe] = {}
+        self.planned = 0
         self.writeback = AT_ONCE
         self.at = 0
 
@@ -78,6 +85,7 @@ class QuantizeRun:
                 )
             prefetch = stack.enter_context(Prefetch(self.skeleton))
             stack.enter_context(self.writeback)  # left first: what it still does needs files and stores
+            last = self._end_to_end(folder)
             self._begin(folder, len(journal.done))
             for block in self.blocks[len(journal.done) :]:
                 self.at = block.index
@@ -98,6 +106,14 @@ class QuantizeRun:
                 self._quantize_head(self.plan.head, solver)
                 self.writeback.submit(self._block_done(None, solver, writer, folder, journal))
                 self.writeback.drain()
+            if last is not None:
+                stored = StoredWeights(self.skeleton, self.plan, writer)
+                steps = self.distill.steps
+                last.train(
+                    stored,
+                    activation_budget(max_memory, self.skeleton.device, 0),
+                    lambda step, _: self._tell("distill", part=(step, steps)),
+                )
             self._tell("copy")
             for name, source in layout.biases.items():
                 writer.write(name, source.read(self.skeleton.reader).half())
@@ -107,12 +123,23 @@ class QuantizeRun:
                 writer.write_stream(name, self.skeleton.reader.stream(tensor))
             report = QuantReport(self.job, [record for block in journal.done for record in block])
             report.peak_device_bytes = peak_bytes(self.skeleton.device)
+            report.planned_device_bytes = self.planned if on_gpu else None
             if self.strict:  # a run that was started without --strict may have gone on with problems
                 report.require_no_problems()
             self._tell("publish")
             writer.finish(self._files(report))
             remember(self.job, journal.elapsed())
         return report
+
+    def _end_to_end(self, folder: WorkFolder) -> EndToEnd | None:
+        if not self.distill.steps:
+            return None
+        assert self.original is not None
+        if self.distill.sampled:
+            self._tell("sample")
+        last = EndToEnd(self.skeleton, self.blocks, self.original, self.distill, folder)
+        last.sample()
+        return last
 
     def _solver(self, writer: ShardWriter) -> GroupSolver:
         return GroupSolver(
@@ -169,16 +196,18 @@ class QuantizeRun:
             ]
             solver.solve_together(named) if len(named) > 1 else solver.solve(*named[0])
 
-        groups, batches = self._groups(block, linears), len(self.flow.batches)
-        lanes = 1 if self.original is None else 2
-        waiting = max((g.live_bytes for g in groups), default=0) * batches * lanes
-        budget = activation_budget(
-            max_memory, self.skeleton.device, self._resident_bytes(block, groups, linears, lanes)
-        )
-        replay = self._place_activations(waiting, waiting // max(1, batches), budget)
+        schemes = {n: self.plan.schemes[f"{block.name}.{n}"] for n in linears}
+        steps = max((scheme.tune for scheme in schemes.values()), default=0)
+        chosen = BlockLinears(linears, schemes, alone=self.skeleton.device.type != "cuda")
+        limit = experts_bytes(max_memory, self.skeleton.device)
+        staged = chosen.small_experts(self._independent(block), limit)
+        probe = self._probe(block, linears, staged)
+        together = chosen.together(probe.groups, staged, limit)
+        memory = self._place_activations(block, chosen, probe, together, max_memory, again=steps > 0)
         with ExitStack() as stack:
-            inputs, output = stack.enter_context(self.flow.through(block))
-            lane, original = Lane(block.module, linears, inputs, output), None
+            inputs, output = stack.enter_context(self.flow.through(block, keep=not steps))
+            lane = Lane(block.module, linears, inputs, _ignore if steps else output)
+            original: Lane | None = None
             if self.original is not None:
                 copied = copy.deepcopy(block.module)
                 twins = {n: m for n, m in copied.named_modules() if n in linears and isinstance(m, nn.Linear)}
@@ -186,65 +215,89 @@ class QuantizeRun:
                 original = Lane(copied, twins, inputs, output)
             run = BlockPass(
                 lane,
-                groups,
-                batches=batches,
+                probe.groups,
+                batches=len(self.flow.batches),
                 solve=solve,
                 original=original,
                 independent=self._independent(block),
-                hessian_bytes=budget,
+                hessian_bytes=memory.hessians,
+                together=together,
             )
-            run.run(replay=replay)
+            run.run(replay=memory.replay)
         for group, tokens in run.late.items():
             solver.note_late([f"{block.name}.{name}" for name in group.names], tokens)
-        order = {f"{block.name}.{name}": at for at, g in enumerate(groups) for name in g.names}
+        order = {f"{block.name}.{name}": at for at, g in enumerate(probe.groups) for name in g.names}
         solver.records.sort(key=lambda record: order[record.name])  # replaying solves experts in waves
+        if steps:
+            self._tune_block(block, linears, solver, steps)
 
-    def _place_activations(self, waiting: int, of_one_batch: int, budget: int) -> bool:
-        """Share ``budget`` between activations that wait inside the block and those that leave it; whether to replay.
+    def _tune_block(
+        self, block: DecoderBlock, linears: dict[str, nn.Linear], solver: GroupSolver, steps: int
+    ) -> None:
+        """Train what was solved on the original block's output, which has just been stored; then go through with it."""
+        assert self.flow is not None
+        assert self.original is not None
+        full = {f"{block.name}.{name}": module for name, module in linears.items()}
+        inside = {name: name.removeprefix(f"{block.name}.") for name in solver.held}
+        with self.flow.through(block) as (inputs, output):
+            batches = BlockBatches(inputs, self.original.hidden, len(self.flow.batches))
+            result = tune_solved(
+                block.module,
+                batches,
+                {inside[name]: q for name, q in solver.held.items()},
+                {inside[name]: solver.original(name) for name in solver.held},
+                steps,
+                lambda step, _: self._tell("tune", part=(step + 1, steps)),
+            )
+            solver.replace_held(full, {name: result.weights[inside[name]] for name in inside})
+            for index in range(len(self.flow.batches)):
+                with stage("forward"):
+                    entered = inputs(index)
+                    output(index, block.module(*entered.args, **entered.kwargs))
 
-        Waiting ones come first: replaying costs forwards, keeping the others elsewhere only copies.
-        """
-        flows = [flow for flow in (self.flow, self.original) if flow is not None]
-        kept = sum(flow.store.kept_on_device for flow in flows if flow.store is not None)
-        replay = waiting - kept > budget
-        room = budget - (of_one_batch if replay else waiting - kept)
-        for flow in flows:
-            flow.once = not replay
-            flow.device_bytes, flow.host_bytes = max(0, room) // len(flows), host_budget() // len(flows)
-        return replay
-
-    def _resident_bytes(
-        self, block: DecoderBlock, groups: list[LinearGroup], linears: dict[str, nn.Linear], lanes: int
-    ) -> int:
-        """What the run holds besides activations: a group's workspace, on a GPU the next block and what is written."""
-        if self.skeleton.device.type != "cuda":
-            return _workspace_bytes(([m] for m in linears.values()), lanes)
-        following = sum(p.nbytes for p in block.module.parameters())
-        return (
-            following
-            + WAITING_BYTES
-            + _workspace_bytes(([linears[n] for n in g.names] for g in groups), lanes)
+    def _place_activations(
+        self,
+        block: DecoderBlock,
+        chosen: BlockLinears,
+        probe: Probe,
+        together: dict[LinearGroup, int],
+        max_memory: int | None,
+        *,
+        again: bool,
+    ) -> BlockMemory:
+        """Decide where the batches of a block are held; ``again``: what enters it is read more than once."""
+        flows, device = [f for f in (self.flow, self.original) if f is not None], self.skeleton.device
+        needs = BlockNeeds.of(
+            block.module,
+            chosen,
+            probe,
+            batches=len(flows[0].batches),
+            lanes=len(flows),
+            together=together,
+            on_gpu=device.type == "cuda",
         )
+        kept = sum(flow.store.kept_on_device for flow in flows if flow.store is not None and not again)
+        memory = needs.share(activation_budget(max_memory, device, 0), held=held_bytes(device), kept=kept)
+        self.planned = max(self.planned, memory.peak)
+        for flow in flows:
+            flow.once = not memory.replay
+            flow.device_bytes, flow.host_bytes = memory.between // len(flows), host_budget() // len(flows)
+        return memory
 
     def _independent(self, block: DecoderBlock) -> set[str]:
         """Paths inside the block of lists of experts."""
         start = f"{block.name}."
         return {f"{path.removeprefix(start)}." for path in self.skeleton.experts if path.startswith(start)}
 
-    def _groups(self, block: DecoderBlock, linears: dict[str, nn.Linear]) -> list[LinearGroup]:
-        """The block's groups; blocks of one class with the same linears share one probe."""
+    def _probe(self, block: DecoderBlock, linears: dict[str, nn.Linear], staged: set[str]) -> Probe:
+        """What one batch shows in the block; blocks of one class with the same linears share one probe."""
         assert self.flow is not None
         signature = (type(block.module), *((n, m.weight.shape) for n, m in linears.items()))
-        if signature not in self.groups:
+        if signature not in self.probes:
             self._tell("probe")
             with self.flow.through(block, keep=False) as (inputs, _):
-
-                def call() -> None:
-                    entered = inputs(0)
-                    block.module(*entered.args, **entered.kwargs)
-
-                self.groups[signature] = discover_groups(linears, call)
-        return self.groups[signature]
+                self.probes[signature] = probe_block(block.module, linears, lambda: inputs(0), staged)
+        return self.probes[signature]
 
     def _quantize_head(self, name: str, solver: GroupSolver) -> None:
         head = self.skeleton.model.get_submodule(name)
@@ -287,11 +340,9 @@ class QuantizeRun:
     def _solved(self, record: Any) -> None:
         self.listener(Progress(self.at, len(self.blocks), "solve", record))
 
-    def _tell(self, stage: str, note: str | None = None) -> None:
-        self.listener(Progress(self.at, len(self.blocks), stage, note=note))
+    def _tell(self, stage: str, note: str | None = None, part: tuple[int, int] | None = None) -> None:
+        self.listener(Progress(self.at, len(self.blocks), stage, note=note, part=part))
 
 
-def _workspace_bytes(solved: Iterable[list[nn.Linear]], lanes: int) -> int:
-    """Workspace of the largest: H, its factor, the mismatch, and float32 copies of the weights solved together."""
-    sizes = [(linears[0].in_features, sum(m.weight.numel() for m in linears)) for linears in solved]
-    return max((4 * ((2 + lanes) * width * width + 4 * numel) for width, numel in sizes), default=0)
+def _ignore(index: int, output: Any) -> None:
+    """Outputs of a pass that is followed by another through the same block."""

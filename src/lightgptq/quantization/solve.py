@@ -62,6 +62,7 @@ class GroupSolver:
         self.skeleton, self.plan, self.sink, self.writeback = skeleton, plan, sink, writeback
         self.strict, self.notify = strict, notify
         self.records: list[ModuleRecord] = []
+        self.held: dict[str, QuantizedWeight] = {}  # those that are tuned before they are written
 
     def solve(self, linears: dict[str, nn.Linear], inputs: GroupInputs) -> None:
         """Quantize linears that share one input, put the dequantized weights back and write the packed ones.
@@ -203,6 +204,24 @@ class GroupSolver:
 
     def _put(self, name: str, module: nn.Linear, quantized: QuantizedWeight) -> None:
         module.weight.data.copy_(quantized.dequantize())
+        if self.plan.schemes[name].tune:
+            self.held[name] = quantized
+        else:
+            self._write(name, quantized)
+
+    def replace_held(self, linears: dict[str, nn.Linear], tuned: dict[str, QuantizedWeight]) -> None:
+        """Put tuned weights into the block and write them; both by full names."""
+        for name, quantized in tuned.items():
+            del self.held[name]
+            linears[name].weight.data.copy_(quantized.dequantize())
+            self._write(name, quantized)
+
+    def original(self, name: str) -> Tensor:
+        """The weight (out, in) in float32 as it was before it was solved."""
+        value = self.skeleton.sources[f"{name}.weight"].read(self.skeleton.reader)
+        return value.to(self.skeleton.device, torch.float32)
+
+    def _write(self, name: str, quantized: QuantizedWeight) -> None:
         fields = (quantized.codes, quantized.scales, quantized.zeros, quantized.g_idx)
         copies = [host_copy(field) for field in fields]
         out, bits = packed_name(self.skeleton, name), quantized.bits
