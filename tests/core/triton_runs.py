@@ -19,6 +19,7 @@ from tests.ops.triton_cases import give_bfloat16_arithmetic
 from tests.oracles import correlated_problem
 from torch import Tensor
 
+from lightgptq.core import solver
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
 from lightgptq.core.hessian import HessianFactor
@@ -46,6 +47,7 @@ SWEEPS = {
     ],
 }
 BATCH = ((12, 40, 3), (12, 40, 4))  # problems of one shape with other weights, factors, groups and grids
+EXPERTS = QuantScheme(group_size=32)
 GRAMS = [("bfloat16", 70, 150), ("float16", 200, 40), ("bfloat16", 3, 5)]  # dtype, tokens, in
 
 
@@ -66,6 +68,24 @@ def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
     return torch.stack(weights), torch.stack(factors), grid, torch.stack(groups)
 
 
+def experts(device: str) -> tuple[Tensor, list[Tensor]]:
+    """Three weights of one shape (3, out, in), and an H for each."""
+    weights, hessians = zip(*(correlated_problem(20, 70, seed=s) for s in range(3)), strict=True)
+    return torch.stack(weights).to(device), [H.to(device) for H in hessians]
+
+
+def solver_batch(device: str) -> list[Tensor]:
+    """Codes of experts solved as a batch whose sweep is the kernel."""
+    W, hessians = experts(device)
+    built = HessianFactor.build_batch(hessians, EXPERTS)
+    factors = [factor for factor in built if isinstance(factor, HessianFactor)]
+    before, solver.sweep = solver.sweep, sweep_triton
+    try:
+        return [q.codes.cpu() for (q,) in solver.gptq_batch(W, factors, EXPERTS, parts=[20])]
+    finally:
+        solver.sweep = before
+
+
 def run(which: str, device: str) -> dict[Any, Any]:
     """Codes and losses of every sweep, upper triangles of every Hessian."""
     results: dict[Any, Any] = {}
@@ -84,6 +104,7 @@ def run(which: str, device: str) -> dict[Any, Any]:
     ties = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e12]]) * 0.25
     grid = Grid(torch.full((1, 1), 0.25), torch.full((1, 1), 4, dtype=torch.int32))
     results["ties"] = solve(ties, torch.eye(7), grid, torch.zeros(7, dtype=torch.int32), 15)
+    results["solver"] = solver_batch(device)
     for dtype, tokens, in_features in GRAMS:
         X, H = activations(dtype, tokens, in_features).to(device), torch.zeros(in_features, in_features)
         H = H.to(device)

@@ -176,8 +176,12 @@ class HessianFactor:
         """`build` for several H of one size, factored and inverted as one batch: a GPU does many in the time of few.
 
         One that needs more damping than was asked for is built by itself. Where `build` would raise, its error
-        stands in the list.
+        stands in the list. Raises QuantizationError when they are of different sizes.
         """
+        if len({H.shape for H in hessians}) > 1:
+            raise QuantizationError(
+                f"a batch of H must be of one size, got {[tuple(H.shape) for H in hessians]}"
+            )
         known = [_attempt(_ordered, H, scheme) for H in hessians]
         sound = [(at, *k) for at, k in enumerate(known) if not isinstance(k, QuantizationError)]
         if not sound:
