@@ -35,7 +35,7 @@ LOGIT_BYTES = 256 << 20  # of float32 logits at a time; about six such tensors a
 class DistillOptions:
     """How long, on what and how fast.
 
-    steps    gradient steps, one batch of about 4096 tokens each; 0 for none
+    steps    gradient steps, one batch of about 2048 tokens each; 0 for none
     codes    train the codes, too: 16 bytes of memory for each weight, instead of 12 for each scale
     sampled  windows that the original model writes itself, beside those of the calibration text
     scale_lr, rounding_lr  first step sizes of a scale, relative to it, and of a code; both fall linearly to 0

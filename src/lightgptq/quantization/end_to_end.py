@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightgptq.errors import UnsupportedModelError, UsageError
 from lightgptq.quantization.blocks import DecoderBlock
+from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.distill import Distillation, DistillOptions, output_head
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.sampling import first_tokens, sample_windows
@@ -21,55 +23,49 @@ from lightgptq.skeleton import ModelSkeleton
 
 # Above this many weights neither the optimizer's state of all codes nor the model that samples is taken to fit.
 SMALL_MODEL = 1 << 30
+STEP_TOKENS = 2048
+SAMPLED_FILE = "sampled.pt"
 
 
 class EndToEnd:
     """The last phase of a run, after all blocks are solved.
 
-    original  the original's activations of the calibration windows
-    folder    keeps the sampled windows and the state of the training
-    tell      called with the steps that are done
+    windows  of the calibration text
+    folder   keeps the sampled windows, the original's activations and the state of the training
     """
 
     def __init__(
         self,
         skeleton: ModelSkeleton,
         blocks: list[DecoderBlock],
-        original: CalibrationFlow,
+        windows: CalibrationSet,
         options: DistillOptions,
         folder: WorkFolder,
     ) -> None:
-        self.skeleton, self.blocks, self.original = skeleton, blocks, original
+        self.skeleton, self.blocks, self.windows = skeleton, blocks, windows
         self.options, self.folder = options, folder
-        self.teacher = original
 
     def sample(self) -> None:
         """Have the original write its windows; to be called while nothing of the model is in memory."""
-        if not self.options.sampled:
+        path = self.folder.path / SAMPLED_FILE
+        if not self.options.sampled or path.exists():
             return
-        path = self.folder.path / "sampled.pt"
-        if not path.exists():
-            with stage("sample"):
-                windows = torch.cat(self.original.batches)
-                prompts = first_tokens(self.skeleton, windows, self.options.sampled)
-                drawn = sample_windows(self.skeleton, prompts, windows.shape[1], self.options.seed)
-            temporary = path.with_suffix(".tmp")
-            torch.save(drawn, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        drawn = torch.load(path, weights_only=True)
-        many = len(self.original.batches[0])
-        batches = [*self.original.batches, *drawn.split(many)]
-        self.teacher = CalibrationFlow(self.skeleton, self.blocks, batches, "teacher")
+        with stage("sample"):
+            prompts = first_tokens(self.skeleton, self.windows.input_ids, self.options.sampled)
+            drawn = sample_windows(self.skeleton, prompts, self.windows.seq_len, self.options.seed)
+        temporary = path.with_suffix(".tmp")
+        torch.save(drawn, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
 
     def train(self, stored: StoredWeights, room: int, progress: Callable[[int, float], None]) -> None:
         """Train, and write what was reached in the place of what was stored.
 
         room  bytes that may be spent on keeping blocks and codes in memory between steps
         """
-        if self.teacher is not self.original:
-            self._follow_original()
+        self.skeleton.materialise_outside({block.module for block in self.blocks})
+        teacher = self._teacher()
         linears = [(f"{b.name}.{name}", m) for b in self.blocks for name, m in b.linears().items()]
         weights = sum(module.weight.numel() for _, module in linears)
         resident = weights * (4 + self.skeleton.dtype.itemsize) <= room
@@ -86,7 +82,7 @@ class EndToEnd:
             self.skeleton,
             self.blocks,
             student,
-            self.teacher,
+            teacher,
             self.options,
             head=self._quantized_head(stored),
             resident=resident,
@@ -95,22 +91,28 @@ class EndToEnd:
         for name, result in student.results():
             stored.write(name, result)
         stored.writer.sync()
-        if self.teacher is not self.original:
-            self.teacher.close()
+        teacher.close()
 
     @torch.no_grad()
-    def _follow_original(self) -> None:
-        """Bring all texts to the original's last block."""
-        self.teacher.begin(self.folder, -1)
+    def _teacher(self) -> CalibrationFlow:
+        """All windows at the original's last block."""
+        windows = self.windows
+        if self.options.sampled:
+            drawn = torch.load(self.folder.path / SAMPLED_FILE, weights_only=True)
+            windows = replace(windows, input_ids=torch.cat([windows.input_ids, drawn]))
+        batches, extras = windows.batches(STEP_TOKENS), windows.extra_batches(STEP_TOKENS)
+        teacher = CalibrationFlow(self.skeleton, self.blocks, batches, "teacher", extras)
+        teacher.begin(self.folder, -1)
         for block in self.blocks:
             self.skeleton.materialise(block.module, block.name)
-            with self.teacher.through(block) as (inputs, output):
-                for index in range(len(self.teacher.batches)):
+            with teacher.through(block) as (inputs, output):
+                for index in range(len(batches)):
                     with stage("forward"):
                         entered = inputs(index)
                         output(index, block.module(*entered.args, **entered.kwargs))
             self.skeleton.release(block.module)
             self.folder.forget_before(block.index)
+        return teacher
 
     def _quantized_head(self, stored: StoredWeights) -> Tensor | None:
         name, _ = output_head(self.skeleton)

@@ -136,7 +136,7 @@ def quantize(
             config = replace(config, dynamic={**job["allotted"], **config.dynamic})
             plan = QuantPlan.build(skeleton, blocks, config, scheme)
             _warn_of_conflicts(blocks, plan)
-            flow, original = _flows(skeleton, blocks, plan, windows, follow=training.steps > 0)
+            flow, original = _flows(skeleton, blocks, plan, windows)
             run = QuantizeRun(
                 skeleton,
                 blocks,
@@ -145,6 +145,7 @@ def quantize(
                 original,
                 job,
                 distill=training,
+                windows=windows,
                 strict=strict,
                 listener=listener,
             )
@@ -213,13 +214,11 @@ def _flows(
     blocks: list[DecoderBlock],
     plan: QuantPlan,
     windows: CalibrationSet | None,
-    *,
-    follow: bool,
 ) -> tuple[CalibrationFlow | None, CalibrationFlow | None]:
     """The quantized model's activations, and the original's where something is compared with them."""
     schemes = plan.schemes.values()
     corrects = any(s.mismatch > 0 and s.method == "gptq" for s in schemes)
-    follow = follow or corrects or any(s.tune for s in schemes)
+    follow = corrects or any(s.tune for s in schemes)
     if windows is None or (not follow and all(s.method == "rtn" for s in schemes)):
         return None, None
     batches = windows.batches(BATCH_TOKENS)

@@ -20,6 +20,7 @@ from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, Block
 from lightgptq.quantization.block_tuning import BlockBatches, tune_solved
 from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.quantization.budget import activation_budget, experts_bytes, host_budget
+from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.device import held_bytes, peak_bytes
 from lightgptq.quantization.distill import DistillOptions
 from lightgptq.quantization.end_to_end import EndToEnd
@@ -55,12 +56,13 @@ class QuantizeRun:
         job: dict[str, Any],
         *,
         distill: DistillOptions,
+        windows: CalibrationSet | None,
         strict: bool,
         listener: Listener,
     ) -> None:
         self.skeleton, self.blocks, self.plan, self.job = skeleton, blocks, plan, job
         self.flow, self.original = flow, original
-        self.distill, self.strict, self.listener = distill, strict, listener
+        self.distill, self.windows, self.strict, self.listener = distill, windows, strict, listener
         self.probes: dict[tuple[Any, ...], Probe] = {}
         self.planned = 0
         self.writeback = AT_ONCE
@@ -134,10 +136,10 @@ class QuantizeRun:
     def _end_to_end(self, folder: WorkFolder) -> EndToEnd | None:
         if not self.distill.steps:
             return None
-        assert self.original is not None
+        assert self.windows is not None
         if self.distill.sampled:
             self._tell("sample")
-        last = EndToEnd(self.skeleton, self.blocks, self.original, self.distill, folder)
+        last = EndToEnd(self.skeleton, self.blocks, self.windows, self.distill, folder)
         last.sample()
         return last
 
