@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightgptq import ops
+from lightgptq import ops, sharing
 from lightgptq.checkpoint.packing import PackedWeight, pack, packed_layout, trivial_g_idx
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import UsageError
@@ -27,6 +27,9 @@ class QuantLinear(nn.Module):
     group_size         inputs that share a scale, -1 for all; gives the number of groups
     checkpoint_format  "gptq" (stores zero - 1) or "gptq_v2"
     mode               "exact" or "int8", see ``ops.quant_matmul``
+
+    On a CPU, linears that read the same tensor share a call, see ``sharing``; ``QuantLinear.shares_input = False``
+    turns that off, with the same results.
     """
 
     qweight: Tensor | None
@@ -34,6 +37,7 @@ class QuantLinear(nn.Module):
     scales: Tensor | None
     g_idx: Tensor | None
     bias: Tensor | None
+    shares_input = True
     weight = None  # some models look at a linear's weight before they call it, such as T5 for its dtype
 
     def __init__(
@@ -60,6 +64,7 @@ class QuantLinear(nn.Module):
         self.mode = mode
         self.keep_standard = False
         self._prepared: ops.PreparedWeight | None = None
+        self.place: sharing.Place | None = None
         width = in_features if group_size == -1 else min(group_size, in_features)
         layout = packed_layout(in_features, out_features, bits, -(-in_features // width))
         for name, (dtype, shape) in layout.items():
@@ -113,8 +118,26 @@ class QuantLinear(nn.Module):
         """x (..., in) float32, bfloat16 or float16; returns (..., out) of the same dtype."""
         if self._prepared is None:
             self.prepare()
-        assert self._prepared is not None
-        return ops.quant_matmul(x, self._prepared, self.bias, self.mode)
+        prepared, bias = self._prepared, self._buffers["bias"]
+        assert prepared is not None
+        if (
+            self.shares_input
+            and prepared.layout == "native"
+            and ops.runs_directly(x, bias)
+            and x.is_cpu
+            and not x.is_inference()  # what was done to such a tensor in place does not show in its version
+            and x.dtype in ops.DTYPES
+            and x.shape[-1] == self.in_features
+            and x.numel() > 0
+        ):
+            y = sharing.product(self, x)
+            if y is not None:
+                return y
+        return ops.quant_matmul(x, prepared, bias, self.mode)
+
+    def operands(self) -> tuple[ops.PreparedWeight | None, Tensor | None]:
+        """The prepared weight, if there is one yet, and the bias."""
+        return self._prepared, self._buffers["bias"]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in), computed in float32 and rounded once to ``dtype``."""
@@ -129,6 +152,10 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies find their siblings anew."""
+        return {**self.__dict__, "place": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move to another device; scales stay float16 whatever dtype the model is cast to, as rounding them

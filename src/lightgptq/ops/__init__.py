@@ -1,6 +1,15 @@
 """The quantized product: one op schema, a torch reference and the fast kernels."""
 
-from lightgptq.ops.matmul import MODES, dequantize, prepare, quant_matmul, restore
+from lightgptq.ops.matmul import DTYPES, MODES, dequantize, prepare, quant_matmul, restore, runs_directly
 from lightgptq.ops.weight import PreparedWeight
 
-__all__ = ["MODES", "PreparedWeight", "dequantize", "prepare", "quant_matmul", "restore"]
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "PreparedWeight",
+    "dequantize",
+    "prepare",
+    "quant_matmul",
+    "restore",
+    "runs_directly",
+]

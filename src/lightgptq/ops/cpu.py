@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from lightgptq import native
 from lightgptq.checkpoint.packing import PackedWeight, num_words, pack
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import NativeLibraryError, UsageError
-from lightgptq.ops.weight import PreparedWeight
+from lightgptq.ops.weight import NATIVE_LAYOUT, PreparedWeight
 
 MODES = {"exact": 0, "int8": 1}
 ALIGNMENT = 64
 HUGE_PAGE = 1 << 21
 
+MOST_FACTORS = 16
+
 _size, _int, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+class _Factor(ctypes.Structure):
+    _fields_ = [("packed", _pointer), ("packed_bytes", _size), ("bias", _pointer), ("bias_dtype", _int)]
 
 
 def _declare(library: native.NativeLibrary) -> Any:
@@ -37,6 +44,7 @@ def _declare(library: native.NativeLibrary) -> Any:
             *[_pointer, _size, _size, _pointer, _size],
             *[_pointer, _int, _pointer, _size, _int, _int],
         ]
+        lib.lgq_matmul_shared.argtypes = [_int, _pointer, _size, _pointer, _size, _pointer, _int, _int]
     return lib
 
 
@@ -89,7 +97,7 @@ def prepare(packed: PackedWeight, bits: int, checkpoint_format: str) -> Prepared
         ),
         what,
     )
-    return PreparedWeight((buffer,), "native", bits, in_features, out_features)
+    return PreparedWeight((buffer,), NATIVE_LAYOUT, bits, in_features, out_features)
 
 
 def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mode: str) -> Tensor:
@@ -103,12 +111,7 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
         raise UsageError(
             f"x is on {x.device}, the weight on {packed.device}; the native kernels need the CPU"
         )
-    in_features = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    count = rows.shape[0]
-    row_stride, stride = rows.stride()
-    if stride != 1 or row_stride < in_features:
-        rows, row_stride = rows.contiguous(), in_features
+    rows, count, stride = _rows(x)
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
     if count == 0:
         return y
@@ -121,7 +124,7 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
         packed.numel(),
         count,
         rows.data_ptr(),
-        row_stride,
+        stride,
         bias_pointer,
         bias_dtype,
         y.data_ptr(),
@@ -132,6 +135,58 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
     if status != 0:
         _library().check(status, f"multiplying x of shape {tuple(x.shape)} to {out_features} outputs")
     return y
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as the kernels read it, its number of rows, and the elements from one row to the next."""
+    in_features = x.shape[-1]
+    if x.is_contiguous():  # what a decode step calls with: no view is made
+        return x, x.numel() // max(1, in_features), in_features
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    row_stride, stride = rows.stride()
+    if stride != 1 or row_stride < in_features:
+        return rows.contiguous(), rows.shape[0], in_features
+    return rows, rows.shape[0], row_stride
+
+
+class SharedProduct:
+    """The products of several weights with one x in one call, each the same bits as `matmul` alone.
+
+    weights  prepared for this backend, of the same number of inputs, at most MOST_FACTORS
+    biases   (out,) contiguous or None, one for each weight
+    """
+
+    def __init__(self, weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) -> None:
+        self._kept = (weights, biases)
+        self._outputs = [weight.out_features for weight in weights]
+        self._factors = (_Factor * len(weights))()
+        for factor, weight, bias in zip(self._factors, weights, biases, strict=True):
+            factor.packed, factor.packed_bytes = weight.tensors[0].data_ptr(), weight.tensors[0].numel()
+            if bias is not None:
+                factor.bias, factor.bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
+        self._pointers = _pointer * len(weights)
+        self._function = _declare(_library()).lgq_matmul_shared
+
+    def __call__(self, x: Tensor, mode: str) -> list[Tensor]:
+        """x (..., in) float32, bfloat16 or float16 on the CPU; returns a (..., out) of its dtype for each weight."""
+        rows, count, stride = _rows(x)
+        shape, dtype = x.shape[:-1], x.dtype
+        ys = [torch.empty((*shape, out_features), dtype=dtype) for out_features in self._outputs]
+        status = self._function(
+            len(ys),
+            self._factors,
+            count,
+            rows.data_ptr(),
+            stride,
+            self._pointers(*[y.data_ptr() for y in ys]),
+            native.DTYPES[dtype],
+            MODES[mode],
+        )
+        if status != 0:
+            _library().check(
+                status, f"multiplying x of shape {tuple(x.shape)} to {self._outputs} outputs at once"
+            )
+        return ys
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightgptq.checkpoint.packing import PackedWeight
 from lightgptq.errors import UsageError
 from lightgptq.ops import cpu, reference
-from lightgptq.ops.weight import STANDARD_LAYOUTS, TRITON_LAYOUT, PreparedWeight
+from lightgptq.ops.weight import NATIVE_LAYOUT, STANDARD_LAYOUTS, TRITON_LAYOUT, PreparedWeight
 
 try:
     from lightgptq.ops import triton_gpu, triton_layout
@@ -28,7 +28,7 @@ except ModuleNotFoundError:  # Triton comes with torch's builds for GPUs, on Lin
 logger = logging.getLogger(__name__)
 
 MODES = ("exact", "int8")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("lightgptq", "DEF")
 _library.define(
@@ -81,22 +81,33 @@ def quant_matmul(
     Returns (..., out) of x's dtype. Raises UsageError for a wrong shape, dtype or mode.
     """
     _check(x, weight, bias, mode)
-    arguments = (
-        x,
-        weight.tensors,
-        bias,
-        weight.layout,
-        weight.bits,
-        weight.in_features,
-        weight.out_features,
-        mode,
+    if not runs_directly(x, bias):
+        return torch.ops.lightgptq.quant_matmul(
+            x,
+            weight.tensors,
+            bias,
+            weight.layout,
+            weight.bits,
+            weight.in_features,
+            weight.out_features,
+            mode,
+        )
+    if weight.layout == NATIVE_LAYOUT:
+        return cpu.matmul(x, weight.tensors[0], bias, weight.out_features, mode)
+    return _quant_matmul(
+        x, weight.tensors, bias, weight.layout, weight.bits, weight.in_features, weight.out_features, mode
     )
-    # The dispatcher costs about 10 microseconds a call, which a decode step pays a hundred times.
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    ):
-        return torch.ops.lightgptq.quant_matmul(*arguments)
-    return _quant_matmul(*arguments)
+
+
+def runs_directly(x: Tensor, bias: Tensor | None) -> bool:
+    """True where nothing has to see the op: no tracing, no gradient, a plain tensor.
+
+    torch's dispatcher costs about 10 microseconds a call, twice that when the weights have driven it out of the caches,
+    and a decode step makes a hundred calls.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,7 +120,7 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Te
 def _check(x: Tensor, weight: PreparedWeight, bias: Tensor | None, mode: str) -> None:
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
         raise UsageError(f"x has shape {tuple(x.shape)}; its last dimension must be {weight.in_features}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise UsageError(f"x has dtype {x.dtype}; use float32, bfloat16 or float16")
     if bias is not None and bias.shape != (weight.out_features,):
         raise UsageError(f"bias has shape {tuple(bias.shape)}; expected ({weight.out_features},)")

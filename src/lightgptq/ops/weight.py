@@ -10,6 +10,7 @@ from lightgptq.checkpoint.packing import PackedWeight
 
 STANDARD_LAYOUTS = ("gptq", "gptq_v2")
 TRITON_LAYOUT = "triton"
+NATIVE_LAYOUT = "native"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""One native call for linears that read the same input, such as q, k and v, or gate and up.
+
+No name of any architecture is needed: the first time that a linear is called, it is seen whether the linear before
+it was called with the very same tensor. From then on the first of such siblings multiplies for all, and the others take
+what lies ready, as long as they are called with that tensor, unchanged. Whatever else happens (another tensor, another
+order, a sibling that is not called), each multiplies for itself; the results are the same bits either way.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Protocol
+
+from torch import Tensor
+
+from lightgptq.ops.cpu import MOST_FACTORS, SharedProduct
+from lightgptq.ops.weight import NATIVE_LAYOUT, PreparedWeight
+
+
+class Reader(Protocol):
+    """What a linear shows of itself."""
+
+    mode: str
+    place: Place | None
+
+    def operands(self) -> tuple[PreparedWeight | None, Tensor | None]:
+        """The prepared weight, if there is one yet, and the bias."""
+        ...
+
+
+class Place:
+    """A linear's siblings, and its position among them in the order of their first calls."""
+
+    __slots__ = ("index", "siblings")
+
+    def __init__(self, siblings: Siblings, index: int) -> None:
+        self.siblings = siblings
+        self.index = index
+
+
+class _Ready:
+    """Products of one tensor that wait for the siblings they belong to."""
+
+    __slots__ = ("outputs", "version", "x")
+
+    def __init__(self, x: Tensor, outputs: list[Tensor | None]) -> None:
+        self.x = weakref.ref(x)  # a weak one, because an address alone may be another tensor's by now
+        self.version = x._version
+        self.outputs = outputs
+
+    def take(self, index: int, x: Tensor) -> Tensor | None:
+        if self.x() is not x or self.version != x._version:
+            return None
+        y, self.outputs[index] = self.outputs[index], None
+        return y
+
+
+class Siblings:
+    """Linears that were called with the same tensor, one directly after the other.
+
+    Held by their places only, and holds them weakly: a model is freed as if this did not exist.
+    """
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[Reader]] = []
+        self._ready: _Ready | None = None
+        self._shared: SharedProduct | None = None
+        self._shared_for: list[object] = []
+        self._wasted = False
+
+    def join(self, linear: Reader) -> Place:
+        """Add a linear as the last one."""
+        self._members.append(weakref.ref(linear))
+        return Place(self, len(self._members) - 1)
+
+    def full(self) -> bool:
+        """True when one more would be too many for one call."""
+        return len(self._members) == MOST_FACTORS
+
+    def product(self, index: int, x: Tensor) -> Tensor | None:
+        """``x @ W^T + bias`` of member ``index``, or None where it has to multiply for itself."""
+        ready = self._ready
+        if index > 0:
+            return None if ready is None else ready.take(index, x)
+        if len(self._members) == 1 or self._wasted:
+            return None
+        if ready is not None and any(y is not None for y in ready.outputs):
+            # A sibling did not come for its product, or came with another tensor: multiplying ahead is a waste here.
+            self._wasted, self._ready = True, None
+            return None
+        shared = self._product_of_all()
+        if shared is None:
+            self._ready = None
+            return None
+        outputs: list[Tensor | None] = list(shared[0](x, shared[1]))
+        first, outputs[0] = outputs[0], None
+        self._ready = _Ready(x, outputs)
+        return first
+
+    def _product_of_all(self) -> tuple[SharedProduct, str] | None:
+        linears = [member() for member in self._members]
+        now: list[object] = []
+        modes = set()
+        for linear in linears:
+            if linear is None:
+                return None
+            weight, bias = linear.operands()
+            now += (weight, bias, None if bias is None else bias.data_ptr())
+            modes.add(linear.mode)
+        if len(modes) > 1:
+            return None
+        unchanged = len(now) == len(self._shared_for) and all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(now, self._shared_for, strict=True)
+        )
+        if not unchanged:
+            self._shared, self._shared_for = _shared_product(now[::3], now[1::3]), now
+        return None if self._shared is None else (self._shared, modes.pop())
+
+
+def _shared_product(weights: list[object], biases: list[object]) -> SharedProduct | None:
+    """The call for all, or None where one of them is not on the CPU or has a bias that the library cannot read."""
+    known = [w for w in weights if isinstance(w, PreparedWeight) and w.layout == NATIVE_LAYOUT]
+    tensors = [bias for bias in biases if bias is None or isinstance(bias, Tensor)]
+    readable = all(bias is None or (bias.is_cpu and bias.is_contiguous()) for bias in tensors)
+    if len(known) != len(weights) or not readable:
+        return None
+    return SharedProduct(known, tensors)
+
+
+class _Before(threading.local):
+    """The linear called before in this thread: its siblings and its input."""
+
+    siblings: weakref.ref[Siblings] | None = None
+    x: weakref.ref[Tensor] | None = None
+
+
+_before = _Before()
+
+
+def product(linear: Reader, x: Tensor) -> Tensor | None:
+    """The linear's product if a sibling's call has made it or if it makes its siblings' now, else None.
+
+    x  a plain tensor on the CPU that needs no gradient
+    """
+    place = linear.place
+    if place is not None:
+        return place.siblings.product(place.index, x)
+    siblings = _before.siblings() if _before.siblings is not None else None
+    if siblings is None or _before.x is None or _before.x() is not x or siblings.full():
+        siblings = Siblings()
+        _before.siblings, _before.x = weakref.ref(siblings), weakref.ref(x)
+    linear.place = siblings.join(linear)
+    return None
