@@ -20,15 +20,18 @@ from tests.core.triton_runs import (
     BATCH,
     EXPERTS,
     GRAMS,
+    MISMATCHES,
     SWEEPS,
     activations,
     batch_problem,
     experts,
     run,
+    two_ways,
 )
 
 from lightgptq.core.grid import Grid
 from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.mismatch_triton import add_mismatch_triton
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.core.sweep_triton import sweep_triton
@@ -105,12 +108,30 @@ def test_hessian_of_16_bit_activations_is_within_the_documented_error(
     assert ((quick[case].double() - exact).abs() <= (len(X) + 1) * 2.0**-23 * magnitude).all()
 
 
+@pytest.mark.parametrize("case", MISMATCHES, ids=str)
+def test_mismatch_of_16_bit_activations_is_within_the_documented_error(
+    quick: dict[Any, Any], case: tuple[str, int, int]
+) -> None:
+    """Relative to the differences, not to the activations: those are 30 times as large here."""
+    original, quantized = (X.double() for X in two_ways(*case))
+    D = original - quantized
+    exact, magnitude = D.t() @ quantized, D.abs().t() @ quantized.abs()
+    bound = ((2 * len(D) + 2) * 2.0**-23 + 2.0**-16) * magnitude
+    if case[0] == "float16":
+        bound += 2.0**-24 * quantized.abs().sum(dim=0)
+    assert ((quick[("mismatch", *case)].double() - exact).abs() <= bound).all()
+
+
 def test_shapes_that_contradict_each_other_are_refused() -> None:
     W, U, grid, g_idx = problem(5, 3, 2)
     with pytest.raises(UsageError, match="g_idx"):
         sweep_triton(W, U, grid, g_idx[:2], 3)
     with pytest.raises(UsageError, match="float32"):
         sweep_triton(W.double(), U, grid, g_idx, 3)
+    with pytest.raises(UsageError, match="on one device"):
+        add_mismatch_triton(torch.zeros(3, 3), torch.zeros(2, 3).half(), torch.zeros(2, 3).bfloat16())
+    with pytest.raises(UsageError, match="on one device"):
+        add_mismatch_triton(torch.zeros(3, 3), torch.zeros(2, 3).half(), torch.zeros(1, 3).half())
     with pytest.raises(UsageError, match="scales"):
         sweep_triton(W, U, Grid(grid.scales[:, :2], grid.zeros), g_idx, 3)
 

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightgptq.core import gram_triton, sweep_triton
+from lightgptq.core import gram_triton, mismatch_triton, sweep_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,6 +30,7 @@ SWEEP_POINTERS = {
     "Codes": "*u8",
 }
 SWEEP_CONSTANTS = {name: getattr(sweep_triton, name) for name in ("ROWS", "PART", "AHEAD", "ROUNDER")}
+MISMATCH_CONSTANTS = {"TILE": mismatch_triton.TILE, "TOKENS": mismatch_triton.TOKENS}
 GRAM_CONSTANTS = {"TILE": gram_triton.TILE, "TOKENS": gram_triton.TOKENS}
 
 
@@ -89,6 +90,22 @@ def test_hessian_compiles_without_spills_to_matrix_instructions(target: str, tmp
     assert re.search(r"wgmma\.mma_async|mma\.sync|v_mfma_f32", text)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_mismatch_compiles_without_spills_to_matrix_instructions(target: str, tmp_path: Path) -> None:
+    found = compile_kernel(
+        mismatch_triton.mismatch_tile,
+        target,
+        {"M": "*fp32", "Original": "*bf16", "Quantized": "*bf16"},
+        MISMATCH_CONSTANTS,
+        {"M", "Original", "Quantized", "in_features"},
+        num_warps=8,
+        num_stages=3,
+    )
+    assert spilled(found, tmp_path) == 0
+    text = found.asm.get("ptx") or found.asm["amdgcn"]
+    assert re.search(r"wgmma\.mma_async|mma\.sync|v_mfma_f32", text)
+
+
 class _Elsewhere:
     """A driver for a GPU that is not there: enough for the launcher to compile."""
 
@@ -117,6 +134,14 @@ def test_the_launcher_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert found.metadata.maxnreg == 255
     X = torch.empty(10, 48, dtype=torch.bfloat16)
+    mismatch_triton.mismatch_tile.warmup(
+        *(torch.empty(48, 48), X, X, 10, 48),
+        **MISMATCH_CONSTANTS,
+        grid=(1, 1),
+        num_warps=8,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
     gram_triton.gram_tile.warmup(
         *(torch.empty(48, 48), X, 10, 48),
         **GRAM_CONSTANTS,

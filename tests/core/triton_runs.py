@@ -23,6 +23,7 @@ from lightgptq.core import solver
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
 from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.mismatch_triton import add_mismatch_triton
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.sweep_triton import sweep_triton
 
@@ -48,6 +49,7 @@ SWEEPS = {
 }
 BATCH = ((12, 40, 3), (12, 40, 4))  # problems of one shape with other weights, factors, groups and grids
 EXPERTS = QuantScheme(group_size=32)
+MISMATCHES = [("bfloat16", 120, 150), ("float16", 70, 40), ("float16", 3, 5)]
 GRAMS = [("bfloat16", 70, 150), ("float16", 200, 40), ("bfloat16", 3, 5)]  # dtype, tokens, in
 
 
@@ -56,6 +58,13 @@ def activations(dtype: str, tokens: int, in_features: int) -> Tensor:
     generator = torch.Generator().manual_seed(tokens)
     X = torch.randn(tokens, in_features, generator=generator) * torch.logspace(-2, 1, in_features)
     return X.to(getattr(torch, dtype))
+
+
+def two_ways(dtype: str, tokens: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Activations (tokens, in) of an original and of a quantized model, a few per cent apart."""
+    X = activations(dtype, tokens, in_features)
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1)) * 0.05 * X.abs().float()
+    return (X.float() + noise).to(X.dtype), X
 
 
 def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
@@ -111,6 +120,11 @@ def run(which: str, device: str) -> dict[Any, Any]:
         for chunk in X.split(64):
             add_gram_triton(H, chunk)
         results[dtype, tokens, in_features] = H.cpu().triu()
+    for case in MISMATCHES:
+        M = torch.zeros(case[2], case[2], device=device)
+        for original, quantized in zip(*(X.to(device).split(50) for X in two_ways(*case)), strict=True):
+            add_mismatch_triton(M, original, quantized)
+        results[("mismatch", *case)] = M.cpu()
     return results
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightgptq.core.hessian import HessianAccumulator
+from lightgptq.core.mismatch import MismatchAccumulator
 from lightgptq.quantization.blocks import BlockInput
 from lightgptq.quantization.groups import LinearGroup
 from lightgptq.quantization.passes import BlockPass, GroupInputs, Lane
@@ -92,3 +96,38 @@ def test_a_batch_that_does_not_reach_a_group_goes_through_once(replay: bool) -> 
     assert seen["expert"].mismatch is None
     run(every, every)
     assert seen["expert"].mismatch is not None
+
+
+@pytest.mark.parametrize("broken", ["hessian", "mismatch"])
+def test_whether_inputs_were_finite_is_asked_when_all_are_there(broken: str) -> None:
+    """On a GPU no batch is asked, since the question would wait for it."""
+    net, twin = _Routed(), _Routed()
+    batches = [torch.ones(1, 3, 4)]
+    outputs: dict[int, Any] = {}
+    seen: dict[str, GroupInputs] = {}
+
+    def lane(module: _Routed) -> Lane:
+        linears = {"shared": module.shared}
+        return Lane(module, linears, lambda i: BlockInput((batches[i],), {}), outputs.__setitem__)
+
+    def solve(together: dict[LinearGroup, GroupInputs]) -> None:
+        seen.update((group.names[0], inputs) for group, inputs in together.items())
+
+    kind = {"hessian": HessianAccumulator, "mismatch": MismatchAccumulator}[broken]
+    asked = kind.check
+
+    def check(self: Any) -> None:
+        calls.append(self)
+        if len(calls) > 1:
+            asked(self)
+
+    calls: list[Any] = []
+    batches[0][0, 0, 0] = torch.nan
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for accumulator in (HessianAccumulator, MismatchAccumulator):
+            patch.setattr(accumulator, "check", check if accumulator is kind else lambda self: None)
+        groups = [LinearGroup(("shared",))]
+        BlockPass(lane(net), groups, batches=1, solve=solve, original=lane(twin)).run(replay=False)
+    assert len(calls) == 2  # for the batch, as this is a CPU, and at the end
+    assert seen["shared"].hessian is None
+    assert "activations" in str(seen["shared"].problem)

@@ -15,12 +15,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightgptq.core.hessian import CHUNK_VALUES, HessianFactor
+from lightgptq.core.hessian import CHUNK_VALUES, SHORT_DTYPES, HessianFactor
 from lightgptq.errors import QuantizationError
+
+try:
+    from lightgptq.core.mismatch_triton import add_mismatch_triton
+except ImportError:  # Triton comes with PyTorch's GPU builds for Linux, and is of no use without a GPU
+    add_mismatch_triton = None  # type: ignore[assignment]
 
 
 class MismatchAccumulator:
-    """Sums ``M = (X_orig - X_quant)^T X_quant`` over calibration tokens, in place and in float32."""
+    """Sums ``M = (X_orig - X_quant)^T X_quant`` over calibration tokens, in place and in float32.
+
+    On a GPU bfloat16 and float16 activations go through the matrix unit as they are, see `add_mismatch_triton`.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.M = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -29,7 +37,7 @@ class MismatchAccumulator:
     def add(self, X_orig: Tensor, X_quant: Tensor) -> None:
         """Adds the same tokens as the original model and the quantized one see them, (..., in), any float dtype.
 
-        Raises QuantizationError when the shapes differ or a value is NaN or infinite.
+        Raises QuantizationError when the shapes differ, or, unless on a GPU, as `check` does.
         """
         in_features = self.M.shape[0]
         if X_orig.shape != X_quant.shape or X_orig.dim() == 0 or X_orig.shape[-1] != in_features:
@@ -37,13 +45,24 @@ class MismatchAccumulator:
                 f"original inputs {tuple(X_orig.shape)} and quantized ones {tuple(X_quant.shape)} must both be "
                 f"(..., {in_features})"
             )
-        X_orig, X_quant = (X.detach().reshape(-1, in_features) for X in (X_orig, X_quant))
-        step = max(1, CHUNK_VALUES // in_features)
-        for original, quantized in zip(X_orig.split(step), X_quant.split(step), strict=True):
-            quantized = quantized.to(self.M.device, torch.float32)
-            difference = original.to(self.M.device, torch.float32) - quantized
-            self.M.addmm_(difference.t(), quantized)
+        X_orig, X_quant = (X.detach().reshape(-1, in_features).to(self.M.device) for X in (X_orig, X_quant))
+        short = X_orig.dtype == X_quant.dtype and X_quant.dtype in SHORT_DTYPES
+        if self.M.is_cuda and short and add_mismatch_triton is not None:
+            add_mismatch_triton(self.M, X_orig, X_quant)
+        else:
+            step = max(1, CHUNK_VALUES // in_features)
+            for original, quantized in zip(X_orig.split(step), X_quant.split(step), strict=True):
+                quantized = quantized.float()
+                self.M.addmm_((original.float() - quantized).t(), quantized)
         self.tokens += X_orig.shape[0]
+        if not self.M.is_cuda:  # there the question would wait for the product: it is asked once, by `check`
+            self.check()
+
+    def check(self) -> None:
+        """Raises QuantizationError when a value that was added is NaN or infinite.
+
+        Every value is a factor in its own feature's entry of the diagonal, and one that is not finite stays there.
+        """
         if not bool(torch.isfinite(self.M.diagonal()).all()):
             raise QuantizationError(
                 "the original's or the quantized model's activations hold NaN or infinity"

@@ -303,6 +303,8 @@ class _Gathered:
         if self._hessian is not None and self._problem is None:
             try:
                 self._hessian.check()
+                if self._mismatch is not None:
+                    self._mismatch.check()
             except QuantizationError as error:
                 self._problem = str(error)
         if self._problem is not None:
