@@ -1,8 +1,8 @@
 """``M += (X_orig - X_quant)^T X_quant`` on a GPU, from 16-bit activations as they are, with float32 sums.
 
-The difference of two such values fits no 16 bits, but two parts of 16 bits hold it to 2^-16 of itself: with
-``D = A + B``, both parts go through the matrix unit. Subtracting X_quant^T X_quant from X_orig^T X_quant would take as
-many operations, and leave in a small M the rounding of two large sums.
+The difference of two such values that lie apart fits no 16 bits, but two parts of 16 bits hold it to 2^-16 of itself:
+with ``D = A + B``, both parts go through the matrix unit. Subtracting X_quant^T X_quant from X_orig^T X_quant would
+take as many operations, and leave in a small M the rounding of two large sums.
 """
 
 from __future__ import annotations

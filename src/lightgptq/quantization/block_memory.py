@@ -15,6 +15,7 @@ from lightgptq.quantization.writeback import WAITING_BYTES
 # Copies of the weights that are solved together, in bytes per weight: two of them joined in solving order and
 # transposed, codes, what was rounded and its error; refinement holds targets and residuals as well. Measured.
 BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 46
+SPARE = 50  # this part of what is free is left alone: allocations are rounded up
 LIBRARY_BYTES = 128 << 20  # what cuBLAS and cuSOLVER hold on a GPU
 
 
@@ -120,13 +121,14 @@ class BlockNeeds:
         held  bytes that are allocated already, the block among them
         kept  those of them that are activations on their way into the block
         """
-        room = free - self.fixed
+        room = free - free // SPARE - self.fixed
         waiting = self.waiting - kept + self.one_batch
         replay = waiting > room
         inside = self.one_batch if replay else waiting
         left = max(0, room - inside)
         between = min(left, self.outputs)
-        return BlockMemory(replay, between, left, held + self.fixed + inside + between)
+        least = held + self.fixed + self.one_batch
+        return BlockMemory(replay, between, left, least, least + inside - self.one_batch + between)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class BlockMemory:
     replay    one at a time, instead of all waiting together
     between   bytes for outputs that stay on the device
     hessians  bytes for Hessians that are gathered together while replaying; they are gone before outputs come
+    least     what a run cannot do without: the fixed part and one batch
     peak      the most that is allocated with all this, in bytes; what ``hessians`` allows beyond ``between`` comes on
               top for blocks with experts
     """
@@ -143,4 +146,5 @@ class BlockMemory:
     replay: bool
     between: int
     hessians: int
+    least: int
     peak: int

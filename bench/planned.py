@@ -1,0 +1,104 @@
+"""What a run means to allocate on a GPU for a Llama of some shape: the run's own planning, with a batch on ``meta``.
+
+    python -m bench.planned [--preset balanced]
+
+Attention counts as fused kernels do it, and no kernel's own scratch memory is seen but what the run reserves for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightgptq.core.presets import preset_fields
+from lightgptq.core.scheme import QuantScheme
+from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, BlockNeeds
+from lightgptq.quantization.blocks import BlockInput, find_blocks
+from lightgptq.quantization.groups import probe_block
+from lightgptq.quantization.job import BATCH_TOKENS
+from lightgptq.quantization.live_bytes import FusedAttention
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes of a decoder block, and the bytes that a run on a GPU should stay below with 128 x 2048 tokens."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    goal: int | None = None
+
+
+SHAPES = {
+    "8b": LlamaShape(4096, 14336, 32, 8, 8 * 10**9),
+    "13b": LlamaShape(5120, 13824, 40, 40),
+    "70b": LlamaShape(8192, 28672, 64, 8, 24 * 10**9),
+    "175b": LlamaShape(12288, 32768, 96, 96),
+    "tiny": LlamaShape(128, 256, 4, 2),
+}
+
+
+def planned(
+    shape: LlamaShape, samples: int, seq_len: int, max_memory: int, scheme: QuantScheme
+) -> tuple[BlockNeeds, BlockMemory]:
+    """What a block takes, and how a run with that limit would hold its batches."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_hidden_layers=1,
+        vocab_size=8,
+    )
+    windows = max(1, BATCH_TOKENS // seq_len)
+    with torch.device("meta"), torch.no_grad(), FusedAttention():
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        block = find_blocks(model)[0]
+        linears, lanes = block.linears(), 2 if scheme.mismatch > 0 else 1
+
+        def enter() -> BlockInput:
+            sizes = (
+                (windows, seq_len, width) for width in (shape.hidden, *[shape.hidden // shape.heads] * 2)
+            )
+            hidden, *angles = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+            return BlockInput((hidden,), {"position_embeddings": tuple(angles), "attention_mask": None})
+
+        probe = probe_block(block.module, linears, enter)
+    needs = BlockNeeds.of(
+        block.module,
+        BlockLinears(linears, dict.fromkeys(linears, scheme), alone=False),
+        probe,
+        batches=-(-samples // windows),
+        lanes=lanes,
+        together={},
+        on_gpu=True,
+    )
+    held = sum(parameter.nbytes for parameter in block.module.parameters())
+    return needs, needs.share(max_memory - held, held=held)
+
+
+def main() -> None:
+    """Print it for every shape that has a goal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    options = parser.parse_args()
+    scheme = QuantScheme().with_overrides(preset_fields(options.preset, 4))
+    for name, shape in SHAPES.items():
+        limit = shape.goal or 80 * 10**9
+        needs, memory = planned(shape, options.samples, options.seq_len, limit, scheme)
+        print(
+            f"{name:>5}: {memory.peak / 1e9:5.2f} GB of {limit / 1e9:.0f}, "
+            f"{'replaying' if memory.replay else 'waiting'}; at least {memory.least / 1e9:.2f} ("
+            f"{needs.fixed / 1e9:.2f} besides the block, one batch {needs.one_batch / 1e9:.2f}), "
+            f"all waiting {needs.waiting / 1e9:.2f}, kept between blocks {memory.between / 1e9:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A run knows beforehand what it will hold: what solving takes, what waits in a block, and what that makes together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bench.planned import SHAPES, planned
+from tests.models import llama
+from tests.oracles import correlated_problem
+
+from lightgptq import QuantScheme, native
+from lightgptq.core import grid as grids
+from lightgptq.core import types
+from lightgptq.core.grid import fit_grid
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.mismatch import corrected_target
+from lightgptq.core.solver import gptq_stacked
+from lightgptq.quantization.block_memory import BlockLinears, BlockNeeds, workspace_bytes
+from lightgptq.quantization.blocks import BlockInput, find_blocks
+from lightgptq.quantization.groups import LinearGroup, probe_block
+from lightgptq.quantization.live_bytes import LiveBytes
+from lightgptq.quantization.together import Stacked, solve_together
+
+FAST = QuantScheme()
+BALANCED = QuantScheme(mismatch=1.0, refine=1)
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is done by operations that can be watched, in the pieces of a GPU."""
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(grids, "SEARCH_VALUES", grids.GPU_SEARCH_VALUES)
+    monkeypatch.setattr(types, "PANEL_VALUES", 1 << 12)
+
+
+@pytest.mark.parametrize("scheme", [FAST, BALANCED], ids=["fast", "balanced"])
+@pytest.mark.parametrize(
+    ("width", "outputs"), [(512, (96,)), (384, (1600,)), (384, (800, 800)), (256, (2400, 300, 300))], ids=str
+)
+@pytest.mark.usefixtures("in_torch")
+def test_solving_takes_no_more_than_its_workspace(
+    width: int, outputs: tuple[int, ...], scheme: QuantScheme
+) -> None:
+    """And more than 2/3 of it. What is small beside a large weight is left out: errors of 128 columns, and 64 KiB."""
+    W, H = correlated_problem(sum(outputs), width, seed=0)
+    linears, M = W.bfloat16().split(outputs), 0.01 * H
+    with torch.no_grad(), LiveBytes([W, M, *linears]) as live:
+        given = H.clone()  # counted: the Hessian is part of the workspace
+        mismatch = M.clone() if scheme.mismatch else None
+        factor = HessianFactor.build(given, scheme)
+        weights = [linear.float() for linear in linears]
+        if mismatch is not None:
+            weights = [corrected_target(w, mismatch, factor) for w in weights]
+        grid = fit_grid(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, factor.importance())
+        solved = gptq_stacked(weights, factor, scheme, H=given if scheme.refine else None, grid=grid)
+        for linear, q in zip(linears, solved, strict=True):
+            linear.copy_(q.dequantize(linear.dtype))
+    room = workspace_bytes(width, W.numel(), [scheme])
+    assert live.peak <= room + 4 * 128 * len(W) + (1 << 16), f"{live.peak / room:.3f} of the workspace"
+    assert live.peak >= 0.66 * room, f"{live.peak / room:.3f} of the workspace"
+
+
+@pytest.mark.usefixtures("in_torch")
+def test_a_batch_takes_no_more_than_as_many_workspaces() -> None:
+    experts = [correlated_problem(400, 256, seed=s) for s in range(5)]
+    with torch.no_grad(), LiveBytes([t for pair in experts for t in pair]) as live:
+        solve_together([Stacked(W.clone(), (300, 100), H.clone(), None, FAST) for W, H in experts])
+    room = 5 * workspace_bytes(256, 400 * 256, [FAST])
+    assert 0.66 * room <= live.peak <= room + 5 * 4 * 128 * 400 + (1 << 16), (
+        f"{live.peak / room:.3f} of the workspaces"
+    )
+
+
+def test_what_waits_in_a_block_are_its_activations_without_its_weights() -> None:
+    """At a Llama's last linear: what entered, what is added to the output, the norm's output and the linear's input,
+    and the angles, which were there before."""
+    hidden, inner, windows, length = 64, 96, 2, 24
+    model = llama(1, hidden_size=hidden, intermediate_size=inner)
+    block = find_blocks(model)[0]
+    angles = torch.randn(1, length, hidden // 4), torch.randn(1, length, hidden // 4)
+
+    def enter() -> BlockInput:
+        states = torch.randn(windows, length, hidden)
+        return BlockInput((states,), {"position_embeddings": angles, "attention_mask": None})
+
+    probe = probe_block(block.module, block.linears(), enter)
+    last = next(g for g in probe.groups if g.names == ("mlp.down_proj",))
+    assert last.live_bytes == 4 * windows * length * (3 * hidden + inner) + 2 * angles[0].nbytes
+    assert last.live_bytes < probe.peak_bytes < 2 * last.live_bytes
+    assert probe.entering_bytes == 4 * windows * length * hidden
+
+
+NEEDS = BlockNeeds(fixed=100, waiting=1000, one_batch=50, outputs=80)
+
+
+@pytest.mark.parametrize("free", [0, 150, 160, 500, 1200, 10_000])
+@pytest.mark.parametrize("kept", [0, 60])
+def test_activations_take_what_is_left_and_no_more(free: int, kept: int) -> None:
+    memory = NEEDS.share(free, held=kept, kept=kept)
+    room = free - free // 50
+    assert memory.replay == (100 + 1000 - kept + 50 > room)
+    assert memory.least == kept + 150
+    assert memory.peak <= max(kept + room, memory.least)
+    assert 0 <= memory.between <= 80
+    inside = 50 if memory.replay else 1000 - kept + 50
+    assert memory.hessians + inside + 100 <= max(room, 150)
+
+
+def test_a_run_that_has_room_for_everything_plans_for_all_of_it() -> None:
+    assert NEEDS.share(10_000, held=7).peak == 7 + 100 + 1000 + 50 + 80
+
+
+@pytest.mark.parametrize("name", ["8b", "70b"])
+def test_large_models_stay_below_their_goals(name: str) -> None:
+    """128 x 2048 tokens through a block like Llama-3.1-8B's in less than 8 GB, through one of the 70B in 24."""
+    shape = SHAPES[name]
+    assert shape.goal == {"8b": 8e9, "70b": 24e9}[name]
+    _, memory = planned(shape, 128, 2048, shape.goal, QuantScheme())
+    assert memory.replay
+    assert memory.least < memory.peak < shape.goal
+    _, roomy = planned(shape, 128, 2048, 2 * 10**11, QuantScheme())
+    assert not roomy.replay
+    assert roomy.peak > shape.goal, "the limit changes nothing"
+
+
+def test_only_small_experts_are_solved_together() -> None:
+    linears = {
+        f"moe.experts.{e}.{leaf}": torch.nn.Linear(*sizes, device="meta")
+        for e in range(4)
+        for leaf, sizes in {"up": (64, 32), "down": (32, 64)}.items()
+    } | {"o": torch.nn.Linear(64, 64, device="meta")}
+    chosen = BlockLinears(linears, dict.fromkeys(linears, FAST), alone=False)
+    up, down = (workspace_bytes(n, 64 * 32, [FAST]) for n in (64, 32))
+    groups = [LinearGroup((name,)) for name in linears]
+    lists = {"moe.experts."}
+    assert chosen.small_experts(lists, 2 * down - 1) == set()
+    assert chosen.small_experts(lists, 2 * down) == lists
+    assert chosen.small_experts(lists, 0) == set()
+    together = chosen.together(groups, lists, 3 * up)
+    assert {g.names[0]: n for g, n in together.items()} == {
+        name: 3 * up // (up if name.endswith("up") else down) for name in linears if name != "o"
+    }
+    assert chosen.together(groups, set(), 3 * up) == {}
+    alone = replace(chosen, alone=True)
+    assert alone.workspace(["moe.experts.0.up", "o"]) == workspace_bytes(64, 64 * 64, [FAST])
