@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightgptq.core.presets import PRESETS, preset_fields, tune_steps
+from lightgptq.core.presets import PRESETS, distill_steps, preset_fields
 from lightgptq.core.scheme import BITS, QuantScheme
 from lightgptq.errors import UsageError
 
@@ -15,10 +15,11 @@ def test_presets_are_valid_and_ordered_by_effort(bits):
         QuantScheme(bits=bits, group_size=32).with_overrides(preset_fields(name, bits)) for name in PRESETS
     ]
     efforts = [
-        (s.mismatch, s.refine, tune_steps(name, bits)) for s, name in zip(schemes, PRESETS, strict=True)
+        (s.mismatch, s.refine, s.tune, distill_steps(name, bits))
+        for s, name in zip(schemes, PRESETS, strict=True)
     ]
     assert efforts == sorted(efforts)
-    assert efforts[0] == (0.0, 0, 0)
+    assert efforts[0] == (0.0, 0, 0, 0)
     for scheme in schemes:
         assert (scheme.bits, scheme.group_size, scheme.sym, scheme.method) == (bits, 32, True, "gptq")
         assert scheme.static_groups  # g_idx stays trivial, so fast kernels stay usable

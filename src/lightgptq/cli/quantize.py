@@ -14,10 +14,11 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from lightgptq.cli.output import show_json
-from lightgptq.core.presets import preset_fields
+from lightgptq.core.presets import distill_steps, preset_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.quantization.budget import parse_bytes
 from lightgptq.quantization.job import quantize
@@ -80,8 +81,19 @@ def command(
     ] = True,
     method: Annotated[Method, typer.Option(help="gptq, or the baselines rtn and obq.")] = Method.gptq,
     preset: Annotated[
-        Preset, typer.Option(help="Accuracy for time: fast, balanced (corrects inputs, refines) or best.")
+        Preset,
+        typer.Option(help="Accuracy for time: fast, balanced (corrects inputs, refines) or best (trains)."),
     ] = Preset.fast,
+    tune: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps of training each block on its output; default: the preset's."),
+    ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps of training all scales on the original's logits; default: the preset's."
+        ),
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="pydoc, FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG][@SPLIT].")
     ] = "pydoc",
@@ -130,6 +142,8 @@ def command(
     scheme = scheme.with_overrides(
         preset_fields(preset.value, bits) | {"act_order": act_order, "static_groups": static_groups}
     )
+    if tune is not None:
+        scheme = scheme.with_overrides({"tune": tune})
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:
         report = quantize(
@@ -148,6 +162,7 @@ def command(
             device=device,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
             moe_all_experts=moe_all_experts,
+            distill=distill_steps(preset.value, bits) if distill is None else distill,
             strict=strict,
             restart=restart,
             revision=revision,
@@ -165,12 +180,14 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, *, enabled: bool = True) -> None:
         self.enabled = enabled
+        self.training = False
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -190,12 +207,18 @@ class ProgressDisplay:
     def _step(self, step: Step) -> None:
         if step.note is not None:
             self.progress.console.print(step.note, markup=False, highlight=False, soft_wrap=True)
-        self.progress.update(self.task, total=step.blocks, completed=step.block, description=_describe(step))
+        done, total = (
+            step.part if step.stage == "distill" and step.part is not None else (step.block, step.blocks)
+        )
+        if step.stage == "distill" and not self.training:  # a phase of its own, with an estimate of its own
+            self.training = True
+            self.progress.reset(self.task)
+        self.progress.update(self.task, total=total, completed=done, description=_describe(step))
 
 
 def _describe(step: Step) -> str:
     if step.record is None:
-        return step.stage
+        return step.stage if step.part is None else f"{step.stage} {step.part[0]}/{step.part[1]}"
     loss = step.record.relative_loss
     return step.record.name + (f"  loss {loss:.2e}" if loss is not None else "")
 

@@ -11,6 +11,8 @@ from typing import Any
 from lightgptq.errors import UsageError
 
 PRESETS = ("fast", "balanced", "best")
+TUNE_STEPS = 60
+DISTILL_STEPS = 160
 
 
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
     ``fast``      the scale search alone: the time of plain GPTQ.
     ``balanced``  the original model goes along to correct the input mismatch, and the codes are refined; at two bits,
                   where each round still gains, two rounds.
-    ``best``      the same with more rounds; block tuning comes on top where the job offers it (``tune_steps``).
+    ``best``      the same, then at two and three bits codes and scales of each block are trained on its output;
+                  `distill_steps` come on top.
 
     Raises UsageError for another name.
     """
@@ -27,11 +30,11 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
         raise UsageError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
     fields: dict[str, Any] = {"act_order": True, "static_groups": True, "scale_search": "hessian"}
     if name == "fast":
-        return fields | {"mismatch": 0.0, "refine": 0}
-    rounds = 2 if bits <= 2 else 1
-    return fields | {"mismatch": 1.0, "refine": rounds if name == "balanced" else rounds + 2}
+        return fields | {"mismatch": 0.0, "refine": 0, "tune": 0}
+    tune = TUNE_STEPS if name == "best" and bits <= 3 else 0
+    return fields | {"mismatch": 1.0, "refine": 2 if bits <= 2 else 1, "tune": tune}
 
 
-def tune_steps(name: str, bits: int) -> int:
-    """Gradient steps of ``tune_block`` per decoder block: only ``best`` tunes, and only two and three bits gain."""
-    return 200 if name == "best" and bits <= 3 else 0
+def distill_steps(name: str, bits: int) -> int:
+    """Steps of end-to-end tuning: only ``best`` trains, and eight bits lose nothing that it could win back."""
+    return DISTILL_STEPS if name == "best" and bits <= 4 else 0

@@ -24,6 +24,7 @@ from lightgptq.skeleton import ModelSkeleton
 # Above this many weights neither the optimizer's state of all codes nor the model that samples is taken to fit.
 SMALL_MODEL = 1 << 30
 STEP_TOKENS = 2048
+SAMPLED_SHARE = 3  # windows to sample for each of the calibration text
 SAMPLED_FILE = "sampled.pt"
 
 
@@ -139,10 +140,11 @@ def check_distillable(
         )
 
 
-def distill_options(steps: int, weights: int, windows: int) -> DistillOptions:
-    """Options for a model of so many quantized weights, calibrated with so many windows.
+def distill_options(steps: int, skeleton: ModelSkeleton, weights: int, windows: int) -> DistillOptions:
+    """Options for a model of so many quantized weights, calibrated with so many windows of tokens alone.
 
-    Codes are trained, and as many windows sampled as there are of the calibration text, up to `SMALL_MODEL` weights.
+    Up to `SMALL_MODEL` weights codes are trained, too, and models that can generate sample windows.
     """
     small = steps > 0 and weights <= SMALL_MODEL
-    return DistillOptions(steps=steps, codes=small, sampled=windows if small else 0)
+    sampled = SAMPLED_SHARE * windows if small and skeleton.model.can_generate() else 0
+    return DistillOptions(steps=steps, codes=small, sampled=sampled)

@@ -162,11 +162,12 @@ def _training(
     windows: CalibrationSet | None,
 ) -> DistillOptions:
     """What is done end to end; raises where it cannot be."""
+    extras = windows is not None and bool(windows.extra)
     if not isinstance(distill, DistillOptions):
         sizes = {f"{b.name}.{name}": m.weight.numel() for b in blocks for name, m in b.linears().items()}
+        plain = windows.samples if windows is not None and not extras else 0
         weights = sum(size for name, size in sizes.items() if name in plan.schemes)
-        distill = distill_options(distill, weights, 0 if windows is None else windows.samples)
-    extras = windows is not None and bool(windows.extra)
+        distill = distill_options(distill, skeleton, weights, plain)
     check_distillable(skeleton, blocks, distill, extras=extras)
     return distill
 

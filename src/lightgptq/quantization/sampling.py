@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lightgptq.errors import UnsupportedModelError
 from lightgptq.skeleton import ModelSkeleton
 
 WINDOWS_AT_ONCE = 64
@@ -24,7 +23,6 @@ def sample_windows(skeleton: ModelSkeleton, prompts: Tensor, seq_len: int, seed:
     """One window of ``seq_len`` tokens for each row of ``prompts`` (windows, tokens), drawn at temperature 1.
 
     The whole model is in memory meanwhile and released afterwards. The end of a text is never drawn.
-    Raises UnsupportedModelError for a model that cannot generate.
     """
     model = skeleton.model
     if not model.can_generate():
@@ -38,7 +36,6 @@ def sample_windows(skeleton: ModelSkeleton, prompts: Tensor, seq_len: int, seed:
         top_p=1.0,
         max_new_tokens=seq_len - prompts.shape[1],
         min_new_tokens=seq_len - prompts.shape[1],
-        bos_token_id=model.config.bos_token_id,
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
         pad_token_id=0,
         use_cache=True,
@@ -58,7 +55,7 @@ def sample_windows(skeleton: ModelSkeleton, prompts: Tensor, seq_len: int, seed:
 
 def first_tokens(skeleton: ModelSkeleton, windows: Tensor, count: int) -> Tensor:
     """What ``count`` texts begin with, (count, 1): the start token, or what calibration windows begin with."""
-    start = skeleton.model.config.get_text_config().bos_token_id
+    start = getattr(skeleton.model.config.get_text_config(), "bos_token_id", None)
     if start is not None:
         return torch.full((count, 1), int(start))
     return windows[torch.arange(count) % len(windows), :1]
