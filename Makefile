@@ -25,6 +25,7 @@ test-oldest: .venv-oldest/ready
 test-all: setup lint
 	$(BIN)/python -m pytest
 	scripts/native_tests.sh
+	scripts/neon_tests.sh
 
 lint: setup
 	$(BIN)/ruff check

@@ -6,7 +6,9 @@
 
 #include "lightgptq.h"
 #include "parallel.h"
-#if defined(LGQ_ARM64) && defined(__linux__)
+#if defined(LGQ_X86)
+#include <cpuid.h>
+#elif defined(LGQ_ARM64) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(LGQ_ARM64) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -17,7 +19,27 @@ namespace {
 
 constexpr const char *kNames[] = {"portable", "avx2", "avx512", "neon"};
 
-#if defined(LGQ_ARM64)
+#if defined(LGQ_X86)
+struct CpuBits {
+  bool avx2, avx512;
+
+  // Asks the processor itself: not every compiler's __builtin_cpu_supports does (Zig 0.17 always says no).
+  CpuBits() : avx2(false), avx512(false) {
+    unsigned a, b, c, d, a71 = 0, b7 = 0, c7 = 0, low = 0, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return;  // OSXSAVE
+    // which registers the operating system saves
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool fma_avx_f16c = (c >> 12 & 1) && (c >> 28 & 1) && (c >> 29 & 1);
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return;
+    const unsigned subleaves = a;
+    if (subleaves >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    avx2 = fma_avx_f16c && (b7 >> 5 & 1) && (low & 0x6) == 0x6;
+    const bool f_dq_bw_vl = (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);
+    const bool vnni = c7 >> 11 & 1, bf16 = a71 >> 5 & 1;
+    avx512 = avx2 && f_dq_bw_vl && vnni && bf16 && (low & 0xe6) == 0xe6;
+  }
+};
+#elif defined(LGQ_ARM64)
 bool has_dot_product() {
 #if defined(__linux__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP of Linux's interface
@@ -37,13 +59,10 @@ bool cpu_has(Isa isa) {
     case Isa::portable:
       return true;
 #if defined(LGQ_X86)
-    // These tests include the operating system's consent to save the wider registers.
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return CpuBits().avx2;
     case Isa::avx512:
-      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+      return CpuBits().avx512;
 #elif defined(LGQ_ARM64)
     case Isa::neon:
       return has_dot_product();
