@@ -12,13 +12,26 @@ from bench.stages import best_time
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid, fit_grid
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram, add_gram_torch
+from lightgptq.core.mismatch import MismatchAccumulator
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.solver import fit_grid_batch
 from lightgptq.core.sweep import sweep, sweep_torch
 
+EXPERTS = (20, 1536, 2048)  # gate and up of as many of Qwen3-30B-A3B's experts as are solved together
 SWEEPS = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672)]
 GRAMS = [(4096, 4096), (4096, 14336), (4096, 28672)]  # tokens, in
 ERROR_COLUMNS = 256  # of H that are compared with float64
 EAGER_COLUMNS = 2048  # of the plain loop, whose time is that of all columns by their share
+
+
+def compare_all(device: torch.device, *, tiny: bool) -> list[dict[str, Any]]:
+    """Every comparison of this file, printed; lines for the results."""
+    return [
+        *compare_sweeps(device, tiny=tiny),
+        compare_experts(device, tiny=tiny),
+        *compare_grams(device, tiny=tiny),
+        *compare_mismatches(device, tiny=tiny),
+    ]
 
 
 def sweep_problem(
@@ -78,6 +91,69 @@ def compare_sweeps(device: torch.device, *, tiny: bool) -> list[dict[str, Any]]:
             f"an eager loop, {line['times_faster_than_loop_in_blocks']} than one in blocks"
         )
         lines.append(line)
+    return lines
+
+
+def compare_experts(device: torch.device, *, tiny: bool) -> dict[str, Any]:
+    """Factors, grids and sweeps of many experts, one by one and as one batch."""
+    count, out_features, in_features = (3, 48, 64) if tiny else EXPERTS
+    scheme, generator = QuantScheme(), torch.Generator(device).manual_seed(0)
+    hessians = []
+    for _ in range(count):
+        X = torch.randn(2 * in_features, in_features, generator=generator, device=device)
+        accumulator = HessianAccumulator(in_features, device)
+        accumulator.add(X)
+        hessians.append(accumulator.finish())
+    W = torch.randn(count, out_features, in_features, generator=generator, device=device) * 0.02
+    factors = [HessianFactor.build(H, scheme) for H in hessians]
+    grids = [fit_grid(w, scheme, f.importance()) for w, f in zip(W, factors, strict=True)]
+    grid = fit_grid_batch(W, factors, scheme)
+    U, perm = torch.stack([f.U for f in factors]), torch.stack([f.perm for f in factors])
+    groups = (torch.arange(in_features, device=device) // 128)[perm]
+    ordered = W.gather(2, perm.unsqueeze(1).expand_as(W))
+    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "factor": (
+            lambda: [HessianFactor.build(H, scheme) for H in hessians],
+            lambda: HessianFactor.build_batch(hessians, scheme),
+        ),
+        "grid": (
+            lambda: [fit_grid(w, scheme, f.importance()) for w, f in zip(W, factors, strict=True)],
+            lambda: fit_grid_batch(W, factors, scheme),
+        ),
+        "sweep": (
+            lambda: [sweep(ordered[i], U[i], grids[i], groups[i], 15) for i in range(count)],
+            lambda: sweep(ordered, U, grid, groups, 15),
+        ),
+    }
+    figures = {}
+    for name, (one_by_one, together) in ways.items():
+        seconds = best_time(one_by_one, device), best_time(together, device)
+        figures[name] = {"one_by_one": float(f"{seconds[0]:.4g}"), "together": float(f"{seconds[1]:.4g}")}
+        print(
+            f"{count} experts of {out_features} x {in_features}, {name}: {seconds[0] * 1e3:.2f} ms one by one, "
+            f"{seconds[1] * 1e3:.2f} together"
+        )
+    return {"part": "experts", "shape": [count, out_features, in_features], "seconds": figures}
+
+
+def compare_mismatches(device: torch.device, *, tiny: bool) -> list[dict[str, Any]]:
+    """The mismatch between bfloat16 activations: as chosen, and in float32; seconds and the error against float64."""
+    lines = []
+    for tokens, in_features in [(96, 64)] if tiny else GRAMS:
+        quantized = torch.randn(tokens, in_features, device=device).bfloat16()
+        original = (quantized + 0.05 * torch.randn(tokens, in_features, device=device)).bfloat16()
+        ways = {"chosen": (original, quantized), "float32": (original.float(), quantized.float())}
+        difference, some = (original.double() - quantized.double()), quantized[:, :ERROR_COLUMNS].double()
+        exact, size = difference.t() @ some, difference.abs().t() @ some.abs()
+        figures = {}
+        for name, given in ways.items():
+            accumulator = MismatchAccumulator(in_features, device)
+            accumulator.add(*given)
+            error = float(((accumulator.M[:, : some.shape[1]].double() - exact).abs() / size).max())
+            seconds = best_time(lambda: accumulator.add(*given), device)  # noqa: B023
+            figures[name] = {"seconds": float(f"{seconds:.4g}"), "error": float(f"{error:.2g}")}
+            print(f"mismatch {tokens} x {in_features}, {name}: {seconds * 1e3:.2f} ms, error {error:.1e}")
+        lines.append({"part": "mismatch", "tokens": tokens, "in_features": in_features, "ways": figures})
     return lines
 
 

@@ -32,6 +32,16 @@ class LlamaShape:
     kv_heads: int
     goal: int | None = None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `random_llama` takes them."""
+        return {
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+        }
+
 
 SHAPES = {
     "8b": LlamaShape(4096, 14336, 32, 8, 8 * 10**9),

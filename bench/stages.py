@@ -1,9 +1,10 @@
 """What a stage of a run has to do at least, what the machine can do, and how near a measured run came.
 
 Work of one decoder block with t calibration tokens: reading its weights once; ``2 params t`` operations for its linears
-and ``2 t seq hidden`` for causal attention (scores and values, half of each); ``t n^2`` for each
-input's triangle of ``X^T X``; ``2/3 n^3`` for its factor; ``out n^2`` for each sweep; one pass over the float32
-weights per tried scale; one pass over codes to pack; the packed bytes to write. Rates are measured in the same run.
+and ``2 t seq hidden`` for causal attention (scores and values, half of each); ``t n^2`` for each input's triangle of
+``X^T X``; ``2/3 n^3`` for its factor; ``out n^2`` for each sweep; one pass over the float32 weights per tried scale;
+one pass over codes to pack; the packed bytes to write. An expert's t are the tokens routed to it. Rates are measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -32,13 +33,34 @@ BACKGROUND = ("read", "pack", "write")  # done by threads beside the others on a
 
 
 @dataclass(frozen=True)
+class Group:
+    """Linears that share an input.
+
+    inputs   of each
+    outputs  of each linear
+    copies   of the group in a block: one for each expert
+    share    of the tokens that reach each copy
+    """
+
+    inputs: int
+    outputs: tuple[int, ...]
+    copies: int = 1
+    share: float = 1.0
+
+    @property
+    def params(self) -> int:
+        """Weights of all copies."""
+        return self.copies * self.inputs * sum(self.outputs)
+
+
+@dataclass(frozen=True)
 class BlockShape:
-    """The linears of one decoder block as groups that share an input: (inputs, (outputs of each linear, ...))."""
+    """The linears of one decoder block as groups that share an input."""
 
     name: str
     layers: int
     hidden: int
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    groups: tuple[Group, ...]
 
     @classmethod
     def llama(
@@ -46,40 +68,75 @@ class BlockShape:
     ) -> BlockShape:
         """q/k/v, o, gate/up, down."""
         kv = hidden // heads * kv_heads
-        attention = ((hidden, (hidden, kv, kv)), (hidden, (hidden,)))
-        mlp = ((hidden, (intermediate, intermediate)), (intermediate, (hidden,)))
-        return cls(name, layers, hidden, attention + mlp)
+        attention = Group(hidden, (hidden, kv, kv)), Group(hidden, (hidden,))
+        mlp = Group(hidden, (intermediate, intermediate)), Group(intermediate, (hidden,))
+        return cls(name, layers, hidden, (*attention, *mlp))
 
     @classmethod
     def plain(cls, name: str, layers: int, hidden: int, *, fused: bool = False) -> BlockShape:
         """OPT's and BLOOM's: q/k/v (``fused`` into one), out, and two matrices four times as wide."""
         qkv = (3 * hidden,) if fused else (hidden,) * 3
-        groups = (
-            (hidden, qkv),
-            (hidden, (hidden,)),
-            (hidden, (4 * hidden,)),
-            (4 * hidden, (hidden,)),
+        attention = Group(hidden, qkv), Group(hidden, (hidden,))
+        return cls(
+            name,
+            layers,
+            hidden,
+            (*attention, Group(hidden, (4 * hidden,)), Group(4 * hidden, (hidden,))),
         )
-        return cls(name, layers, hidden, groups)
+
+    @classmethod
+    def mixture(
+        cls,
+        name: str,
+        layers: int,
+        *,
+        hidden: int,
+        expert: int,
+        experts: int,
+        chosen: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+    ) -> BlockShape:
+        """Attention, and experts of which ``chosen`` take each token; evenly, as far as floors are concerned."""
+        q, kv = heads * head_dim, kv_heads * head_dim
+        share = chosen / experts
+        return cls(
+            name,
+            layers,
+            hidden,
+            (
+                Group(hidden, (q, kv, kv)),
+                Group(q, (hidden,)),
+                Group(hidden, (expert, expert), experts, share),
+                Group(expert, (hidden,), experts, share),
+            ),
+        )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are routed."""
+        return any(group.copies > 1 for group in self.groups)
 
     @property
     def params(self) -> int:
         """Weights of the linears."""
-        return sum(inputs * sum(outputs) for inputs, outputs in self.groups)
+        return sum(group.params for group in self.groups)
 
     def work(self, samples: int, seq_len: int, itemsize: int, bits: int) -> dict[str, tuple[str, float]]:
         """Stage -> (name of the rate that bounds it, operations or bytes of one block)."""
         tokens = samples * seq_len
-        squares = [(float(n) * n, outputs) for n, outputs in self.groups]
+        squares = [(group, float(group.inputs) ** 2 * group.copies) for group in self.groups]
+        active = sum(group.share * group.params for group in self.groups)
         packed = self.params * bits / 8
         return {
             "read": ("disk_read", self.params * itemsize),
-            "forward": ("matmul", 2.0 * tokens * (self.params + seq_len * self.hidden)),
+            "forward": ("matmul", 2.0 * tokens * (active + seq_len * self.hidden)),
             "activations": ("disk_write", 2.0 * tokens * self.hidden * itemsize),
-            "hessian": ("matmul", sum(tokens * square for square, _ in squares)),
-            "factor": ("matmul32", sum(2 / 3 * n**3 for n, _ in self.groups)),
+            "hessian": ("matmul", sum(tokens * group.share * square for group, square in squares)),
+            "factor": ("matmul32", sum(2 / 3 * group.inputs * square for group, square in squares)),
             "grid": ("copy", 4.0 * SCALES_TRIED * self.params),
-            "sweep": ("matmul32", sum(square * sum(outputs) for square, outputs in squares)),
+            "sweep": ("matmul32", sum(square * sum(group.outputs) for group, square in squares)),
             "pack": ("host_copy", self.params + packed),
             "write": ("disk_write", packed),
         }
@@ -156,9 +213,9 @@ def breakdown(
     for stage in STAGES:
         spent = seconds.get(stage, 0.0) / blocks
         rows[stage] = {
-            "seconds": round(spent, 4),
-            "floor": round(floors[stage], 4),
-            "fraction_of_limit": round(floors[stage] / spent, 3) if spent > 0 else 0.0,
+            "seconds": float(f"{spent:.4g}"),
+            "floor": float(f"{floors[stage]:.4g}"),
+            "fraction_of_limit": float(f"{floors[stage] / spent:.4g}") if spent > 0 else 0.0,
         }
     return rows
 

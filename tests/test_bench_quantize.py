@@ -31,7 +31,17 @@ def test_every_stage_is_printed(arguments: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     for stage in ("read", "forward", "hessian", "factor", "grid", "sweep", "pack", "write"):
         assert f"\n  {stage} " in result.stdout
-    assert ("BLOOM-176B" in result.stdout) == ("bench.bench_quantize_gpu" in arguments)
+    if "bench.bench_quantize_gpu" in arguments:
+        assert result.stdout.count("\n  sweep ") == 2, "dense blocks and blocks of experts"
+        for part in (
+            "BLOOM-176B",
+            "Qwen3-30B-A3B",
+            "Hessian ",
+            "mismatch ",
+            "experts of",
+            "an eager loop, goal 10",
+        ):
+            assert f"{part}" in result.stdout
 
 
 @pytest.mark.slow
