@@ -61,10 +61,13 @@ def activations(dtype: str, tokens: int, in_features: int) -> Tensor:
 
 
 def two_ways(dtype: str, tokens: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """Activations (tokens, in) of an original and of a quantized model, a few per cent apart."""
+    """Activations (tokens, in) of an original and of a quantized model, from a few per cent to far apart.
+
+    The difference of near values fits 16 bits itself, that of values far apart does not.
+    """
     X = activations(dtype, tokens, in_features)
-    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1)) * 0.05 * X.abs().float()
-    return (X.float() + noise).to(X.dtype), X
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1)) * X.abs().float()
+    return (X.float() + noise * torch.logspace(-1.5, 0.5, in_features)).to(X.dtype), X
 
 
 def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
