@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.architectures.zoo import BUILDERS, randomise, windows_for
 from tests.folders import contents
+from tests.models import llama, save
+from tests.models import randomise as randomise_llama
 
 import lightgptq
 from lightgptq import QuantReport, QuantScheme
-from lightgptq.quantization import job, run
+from lightgptq.quantization import job, run, solve
+from lightgptq.quantization.block_memory import BlockMemory, BlockNeeds
 from lightgptq.quantization.calibration import CalibrationSet
+from lightgptq.quantization.report import ModuleRecord
+from lightgptq.quantization.together import Solved, Stacked, solve_together
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCHEME = QuantScheme(group_size=32)
@@ -77,11 +84,63 @@ def test_where_activations_are_kept_changes_no_byte(
 ) -> None:
     quantize(model_folder("llama"), tmp_path / "plain", windows, device="cuda")
 
-    def place(self: run.QuantizeRun, waiting: int, of_one_batch: int, budget: int) -> bool:
-        assert self.flow is not None
-        self.flow.once, self.flow.device_bytes, self.flow.host_bytes = False, device, host
-        return True
+    def share(self: BlockNeeds, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:
+        return BlockMemory(replay=True, between=device, hessians=0, least=0, peak=0)
 
-    monkeypatch.setattr(run.QuantizeRun, "_place_activations", place)
+    monkeypatch.setattr(BlockNeeds, "share", share)
+    monkeypatch.setattr(run, "host_budget", lambda: host)
     quantize(model_folder("llama"), tmp_path / "placed", windows, device="cuda")
     assert contents(tmp_path / "plain") == contents(tmp_path / "placed")
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, QuantScheme(group_size=32, mismatch=1.0, refine=1)])
+def test_experts_are_solved_together_and_have_the_losses_of_a_cpu(
+    scheme: QuantScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaying cuts batches at the same experts, and gives the same bytes."""
+    windows = windows_for("qwen3-moe")
+    sizes: list[int] = []
+
+    def watch(groups: list[Stacked]) -> list[Solved | None]:
+        sizes.append(len(groups))
+        return solve_together(groups)
+
+    monkeypatch.setattr(solve, "solve_together", watch)
+    folder = tmp_path / "model"
+    randomise(BUILDERS["qwen3-moe"]()).save_pretrained(folder)
+    here = quantize(folder, tmp_path / "cpu", windows, scheme, device="cpu")
+    assert not sizes
+    there = quantize(folder, tmp_path / "gpu", windows, scheme, device="cuda")
+    assert len(sizes) == 4
+    assert min(sizes) > 1
+    assert [(m.name, m.tokens, m.problem) for m in here.modules] == [
+        (m.name, m.tokens, m.problem) for m in sorted(there.modules, key=_place(here))
+    ]
+    losses = {m.name: m.relative_loss for m in there.modules}
+    assert all(m.relative_loss == pytest.approx(losses[m.name], rel=0.1) for m in here.modules)
+    share = BlockNeeds.share
+    monkeypatch.setattr(
+        BlockNeeds, "share", lambda self, free, **k: replace(share(self, free, **k), replay=True)
+    )
+    quantize(folder, tmp_path / "replayed", windows, scheme, device="cuda")
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "replayed")
+
+
+def _place(report: QuantReport) -> Callable[[ModuleRecord], int]:
+    order = {m.name: at for at, m in enumerate(report.modules)}
+    return lambda record: order[record.name]
+
+
+def test_the_peak_stays_below_the_limit_and_what_was_planned(windows: CalibrationSet, tmp_path: Path) -> None:
+    """With a limit at which batches are replayed and some outputs leave the GPU, and without one."""
+    model = save(randomise_llama(llama(3, hidden_size=512, intermediate_size=2048)), tmp_path / "model")
+    many = CalibrationSet(windows.input_ids.repeat(64, 1), "repeated", 64 * len(windows.input_ids))
+    roomy = quantize(model, tmp_path / "roomy", many, device="cuda")
+    assert roomy.peak_device_bytes is not None
+    assert roomy.planned_device_bytes is not None
+    assert roomy.peak_device_bytes <= roomy.planned_device_bytes
+    limit = 900 << 20
+    tight = quantize(model, tmp_path / "tight", many, device="cuda", max_memory=limit)
+    assert tight.peak_device_bytes is not None
+    assert tight.peak_device_bytes <= limit
+    assert contents(tmp_path / "roomy") == contents(tmp_path / "tight")
