@@ -1,6 +1,6 @@
 """What a run means to allocate on a GPU for a Llama of some shape: the run's own planning, with a batch on ``meta``.
 
-    python -m bench.planned [--preset balanced]
+    python -m bench.planned [--presets fast,balanced] [--samples 128] [--seq-len 2048] [--no-append]
 
 Attention counts as fused kernels do it, and no kernel's own scratch memory is seen but what the run reserves for it.
 """
@@ -8,11 +8,13 @@ Attention counts as fused kernels do it, and no kernel's own scratch memory is s
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import itertools
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.record import append
 from lightgptq.core.presets import preset_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, BlockNeeds
@@ -20,6 +22,8 @@ from lightgptq.quantization.blocks import BlockInput, find_blocks
 from lightgptq.quantization.groups import probe_block
 from lightgptq.quantization.job import BATCH_TOKENS
 from lightgptq.quantization.live_bytes import FusedAttention
+
+A100 = 80 * 10**9  # the limit where there is no goal
 
 
 @dataclass(frozen=True)
@@ -92,22 +96,29 @@ def planned(
 
 
 def main() -> None:
-    """Print it for every shape that has a goal."""
+    """Print it for every shape, append it to bench/results/planned.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--presets", default="fast,balanced")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--no-append", action="store_true")
     options = parser.parse_args()
-    scheme = QuantScheme().with_overrides(preset_fields(options.preset, 4))
-    for name, shape in SHAPES.items():
-        limit = shape.goal or 80 * 10**9
+    for preset, (name, shape) in itertools.product(options.presets.split(","), SHAPES.items()):
+        if name == "tiny":
+            continue
+        limit = shape.goal or A100
+        scheme = QuantScheme().with_overrides(preset_fields(preset, 4))
         needs, memory = planned(shape, options.samples, options.seq_len, limit, scheme)
         print(
-            f"{name:>5}: {memory.peak / 1e9:5.2f} GB of {limit / 1e9:.0f}, "
+            f"{name:>5}, {preset}: {memory.peak / 1e9:5.2f} GB of {limit / 1e9:.0f}, "
             f"{'replaying' if memory.replay else 'waiting'}; at least {memory.least / 1e9:.2f} ("
             f"{needs.fixed / 1e9:.2f} besides the block, one batch {needs.one_batch / 1e9:.2f}), "
             f"all waiting {needs.waiting / 1e9:.2f}, kept between blocks {memory.between / 1e9:.2f}"
         )
+        if not options.no_append:
+            line = {"benchmark": "planned", "shape": name, "preset": preset, "limit": limit}
+            line |= {"calibration_tokens": options.samples * options.seq_len}
+            append("planned", line | {"needs": asdict(needs), "memory": asdict(memory)})
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ def test_a_run_that_has_room_for_everything_plans_for_all_of_it() -> None:
     assert NEEDS.share(10_000, held=7).peak == 7 + 100 + 1000 + 50 + 80
 
 
+def test_a_limit_that_cannot_be_kept_is_said() -> None:
+    memory = BlockNeeds(fixed=3 << 30, waiting=0, one_batch=1 << 30, outputs=0).share(2 << 30, held=1 << 30)
+    assert memory.shortage(None) is None
+    assert memory.shortage(5 << 30) is None
+    assert "takes 5.0 GiB at least, --max-memory allows 4.9" in str(memory.shortage((5 << 30) - (100 << 20)))
+
+
 @pytest.mark.parametrize("name", ["8b", "70b"])
 def test_large_models_stay_below_their_goals(name: str) -> None:
     """128 x 2048 tokens through a block like Llama-3.1-8B's in less than 8 GB, through one of the 70B in 24."""

@@ -148,3 +148,13 @@ class BlockMemory:
     hessians: int
     least: int
     peak: int
+
+    def shortage(self, limit: int | None) -> str | None:
+        """One sentence when a run cannot keep to the limit it was given."""
+        if limit is None or self.least <= limit:
+            return None
+        return (
+            f"quantizing a block takes {self.least / 2**30:.1f} GiB at least, --max-memory allows "
+            f"{limit / 2**30:.1f}: the run goes on above it; fewer samples do not change this, shorter ones "
+            "and --preset fast do"
+        )

@@ -280,6 +280,8 @@ class QuantizeRun:
         )
         kept = sum(flow.store.kept_on_device for flow in flows if flow.store is not None and not again)
         memory = needs.share(activation_budget(max_memory, device, 0), held=held_bytes(device), kept=kept)
+        if not self.planned and device.type == "cuda" and (note := memory.shortage(max_memory)):
+            self._tell("probe", note)
         self.planned = max(self.planned, memory.peak)
         for flow in flows:
             flow.once = not memory.replay
