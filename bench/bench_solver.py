@@ -1,8 +1,9 @@
 """The native solver against PyTorch on the same machine in the same minute: sweep, Hessian, factor, OBQ.
 
-    python -m bench.bench_solver [--only sweep,gram,grid,factor,obq] [--repeats 5] [--quick] [--one-core]
-        [--no-loop] [--no-append]
+    python -m bench.bench_solver [--only sweep,gram,grid,factor,obq,layer] [--shapes 4096x4096,...] [--repeats 5]
+        [--quick] [--one-core] [--no-loop] [--gptqmodel PYTHON] [--no-append]
 
+``--gptqmodel`` names a Python that has GPTQModel installed, whose solver is then timed for a whole layer, too.
 ``--one-core`` counts the processor time of a single thread instead of wall time: for machines that are busy.
 Every figure is a median with its 20th and 80th percentile over interleaved repeats, and is compared with torch's own
 float32 matrix product measured between them. Outputs are compared before anything is timed.
@@ -11,9 +12,12 @@ float32 matrix product measured between them. Outputs are compared before anythi
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,19 +31,23 @@ from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_t
 from lightgptq.core.obq import obq_torch
 from lightgptq.core.obq_cpu import obq_cpu
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.solver import gptq
 from lightgptq.core.sweep import sweep_torch
 from lightgptq.core.sweep_cpu import sweep_cpu
 from lightgptq.native import NativeLibrary
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+SHAPES = "4096x4096,14336x4096,4096x14336"
 PROBE_ROWS = 2048
+TOKENS = 2048
 
 
 def main() -> None:
     """Run the chosen parts, print each line and append it to bench/results/solver.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="sweep,gram,grid,factor,obq")
+    parser.add_argument("--only", default="sweep,gram,grid,factor,obq,layer")
+    parser.add_argument("--shapes", default=SHAPES, help="out x in, for the sweep and whole layers")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gptqmodel", type=Path, help="a Python with GPTQModel, for whole layers")
     parser.add_argument("--quick", action="store_true", help="first shape only")
     parser.add_argument("--one-core", action="store_true", help="one thread, its processor time")
     parser.add_argument(
@@ -56,10 +64,19 @@ def main() -> None:
         "grid": bench_grid,
         "factor": bench_factor,
         "obq": bench_obq,
+        "layer": bench_layer,
     }
     if options.one_core:
         torch.set_num_threads(1)
-    how = How(options.repeats, options.quick, not options.no_loop, options.one_core)
+    shapes = [(int(a), int(b)) for a, b in (shape.split("x") for shape in options.shapes.split(","))]
+    how = How(
+        shapes[:1] if options.quick else shapes,
+        options.repeats,
+        options.quick,
+        not options.no_loop,
+        options.one_core,
+        options.gptqmodel,
+    )
     for name in options.only.split(","):
         for line in parts[name](library, how):
             line["time"] = "processor time of one core" if options.one_core else "wall"
@@ -70,12 +87,14 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class How:
-    """How to measure: rounds, first shape only, with the loop over columns, processor time of one thread."""
+    """How to measure: shapes, rounds, small sizes, the loop over columns, processor time of one thread, a peer."""
 
+    shapes: list[tuple[int, int]]
     repeats: int
     quick: bool
     loop: bool
     one_core: bool
+    gptqmodel: Path | None
 
     def clock(self) -> float:
         """Seconds since some moment."""
@@ -117,7 +136,7 @@ def sweep_problem(out_features: int, in_features: int) -> tuple[Tensor, Tensor, 
 
 def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """``out in^2`` operations per sweep (in^2 / 2 multiply-adds a row) beside torch's product of the same matrices."""
-    for out_features, in_features in SHAPES[:1] if how.quick else SHAPES:
+    for out_features, in_features in how.shapes:
         W, U, grid, g_idx = sweep_problem(out_features, in_features)
         rows = min(128, out_features)
         part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
@@ -133,7 +152,8 @@ def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
         )
         work = out_features * in_features**2
         rate = [work / s / 1e9 for s in seconds["sweep"]]
-        probe = [2 * PROBE_ROWS * in_features * 4096 / s / 1e9 for s in seconds["matmul"]]
+        probe_work = 2 * min(PROBE_ROWS, out_features) * in_features * wide.shape[1]
+        probe = [probe_work / s / 1e9 for s in seconds["matmul"]]
         line: dict[str, Any] = {
             "bench": "sweep",
             "shape": [out_features, in_features],
@@ -190,7 +210,7 @@ def bench_gram(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
 
 def bench_grid(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
     """``fit_grid``'s weighted search beside the sweep that follows it, 4 bits, group 128."""
-    out_features, in_features = SHAPES[0]
+    out_features, in_features = how.shapes[0]
     W, U, grid, g_idx = sweep_problem(out_features, in_features)
     importance = torch.rand(in_features, generator=torch.Generator().manual_seed(1))
     for sym in (True, False):
@@ -263,6 +283,48 @@ def bench_obq(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
         "torch_seconds_per_row": round(reference, 3),
         "times_faster_than_torch": round(reference / quantiles(per_row)["p50"], 1),
     }
+
+
+def bench_layer(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
+    """A whole layer from its inputs: Hessian, factor, grid and sweep, with the paper's steps and with our defaults."""
+    schemes = {
+        "paper": QuantScheme(act_order=False, static_groups=False, scale_search="minmax"),
+        "default": QuantScheme(),
+    }
+    for out_features, in_features in how.shapes:
+        W = sweep_problem(out_features, in_features)[0]
+        X = torch.randn(TOKENS, in_features, generator=torch.Generator().manual_seed(0))
+        accumulator = HessianAccumulator(in_features)
+        accumulator.add(X)
+        H = accumulator.finish()
+        runs: dict[str, Callable[[], Any]] = {"hessian": lambda: accumulator.add(X)}  # noqa: B023
+        for name, scheme in schemes.items():
+            runs[name] = lambda scheme=scheme: gptq(W, HessianFactor.build(H, scheme), scheme)  # noqa: B023
+        runs["matmul"] = lambda: W[:PROBE_ROWS] @ H  # noqa: B023
+        seconds = how.interleave(runs)
+        line: dict[str, Any] = {
+            "bench": "layer",
+            "shape": [out_features, in_features],
+            "tokens": TOKENS,
+            "seconds": {name: quantiles(times) for name, times in seconds.items()},
+            "torch_matmul_gflops": quantiles(
+                [2 * min(PROBE_ROWS, out_features) * in_features**2 / s / 1e9 for s in seconds["matmul"]]
+            ),
+        }
+        if how.gptqmodel is not None:
+            line["gptqmodel_seconds"] = peer = gptqmodel_seconds(how.gptqmodel, out_features, in_features)
+            line["times_faster_than_gptqmodel"] = {
+                name: round(peer["solve"] / line["seconds"][name]["p50"], 1) for name in schemes
+            }
+        yield line
+
+
+def gptqmodel_seconds(python: Path, out_features: int, in_features: int) -> dict[str, float]:
+    """GPTQModel's Hessian, and its inverse and sweep together, once, in a process of its own."""
+    child = Path(__file__).with_name("peer_gptqmodel.py")
+    sizes = [str(n) for n in (out_features, in_features, TOKENS, torch.get_num_threads())]
+    result = subprocess.run([str(python), str(child), *sizes], check=True, capture_output=True, text=True)
+    return {name: round(s, 3) for name, s in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
 if __name__ == "__main__":

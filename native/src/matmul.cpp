@@ -66,6 +66,11 @@ bool same_preparation(const PackedView &a, const PackedView &b) {
          (a.permutation == nullptr || equal(a.permutation, b.permutation, h.in_features));
 }
 
+// No offset overflows, nor does the size of the scratch space with 2^30 inputs, 4 bytes and a scale for each.
+bool is_addressable(int64_t rows, int64_t stride) {
+  return rows <= int64_t{1} << 28 && stride <= (int64_t{1} << 60) / (rows + 1);
+}
+
 // Everything about the product of one weight but the scratch space.
 int32_t set_up(const lgq_factor &f, int64_t rows, const void *x, int64_t x_stride, void *y, int32_t dtype, int32_t mode,
                Product *p) {
@@ -74,7 +79,7 @@ int32_t set_up(const lgq_factor &f, int64_t rows, const void *x, int64_t x_strid
   if (mode != LGQ_EXACT && mode != LGQ_INT8) return LGQ_BAD_MODE;
   const int32_t status = view_packed(f.packed, f.packed_bytes, &p->w);
   if (status != LGQ_OK) return status;
-  if (rows < 0 || x_stride < p->w.header->in_features) return LGQ_BAD_SIZE;
+  if (rows < 0 || x_stride < p->w.header->in_features || !is_addressable(rows, x_stride)) return LGQ_BAD_SIZE;
   p->x = x;
   p->rows = rows;
   p->x_stride = x_stride;
@@ -118,7 +123,7 @@ int32_t lgq_matmul(const void *packed, int64_t packed_bytes, int64_t rows, const
   Product p{};
   const int32_t status = set_up({packed, packed_bytes, bias, bias_dtype}, rows, x, x_stride, y, dtype, mode, &p);
   if (status != LGQ_OK) return status;
-  if (y_stride < p.y_stride) return LGQ_BAD_SIZE;
+  if (y_stride < p.y_stride || !is_addressable(rows, y_stride)) return LGQ_BAD_SIZE;
   p.y_stride = y_stride;
   return multiply(&p, 1);
 }

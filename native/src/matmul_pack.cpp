@@ -14,6 +14,8 @@
 namespace lgq {
 namespace {
 
+constexpr int64_t kMostFeatures = int64_t{1} << 30;
+
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // Inputs of every group, or null: memory ran out. Frees itself.
@@ -28,12 +30,25 @@ struct GroupCounts {
 int32_t check_shape(int64_t in_features, int64_t out_features, int64_t groups, int32_t bits, const int32_t *g_idx) {
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return LGQ_BAD_BITS;
   if (g_idx == nullptr) return LGQ_NULL_POINTER;
-  constexpr int64_t kMost = int64_t{1} << 30;
   if (in_features < 1 || out_features < 1 || groups < 1) return LGQ_BAD_SIZE;
-  if (in_features > kMost || out_features > kMost || groups > in_features) return LGQ_BAD_SIZE;
+  if (in_features > kMostFeatures || out_features > kMostFeatures || groups > in_features) return LGQ_BAD_SIZE;
   for (int64_t i = 0; i < in_features; ++i)
     if (g_idx[i] < 0 || g_idx[i] >= groups) return LGQ_BAD_GROUP;
   return LGQ_OK;
+}
+
+// What follows from the counts in a header: blocks, offsets and size. False when the size is beyond 2^60 bytes.
+bool set_offsets(PackedHeader *h) {
+  h->blocks = (h->out_features + kBlock - 1) / kBlock;
+  h->segments_at = aligned(sizeof(PackedHeader));
+  h->permutation_at = aligned(h->segments_at + h->segments * static_cast<int64_t>(sizeof(Segment)));
+  h->scales_at = aligned(h->permutation_at + (h->permuted ? h->in_features * 4 : 0));
+  h->zeros_at = h->scales_at + h->blocks * h->groups * kBlock * 2;
+  h->codes_at = aligned(h->zeros_at + h->blocks * h->groups * kBlock);
+  const int64_t block_bytes = h->units * (kUnit * kBlock * h->bits / 8);
+  if (h->blocks > (int64_t{1} << 60) / block_bytes) return false;
+  h->total_bytes = h->codes_at + h->blocks * block_bytes;
+  return true;
 }
 
 // Everything in the header but what depends on the zeros.
@@ -59,14 +74,18 @@ int32_t plan(int64_t in_features, int64_t out_features, int64_t groups, int32_t 
   h->groups = groups;
   h->bits = bits;
   h->permuted = permuted;
-  h->blocks = (out_features + kBlock - 1) / kBlock;
-  h->segments_at = aligned(sizeof(PackedHeader));
-  h->permutation_at = aligned(h->segments_at + h->segments * static_cast<int64_t>(sizeof(Segment)));
-  h->scales_at = aligned(h->permutation_at + (permuted ? in_features * 4 : 0));
-  h->zeros_at = h->scales_at + h->blocks * groups * kBlock * 2;
-  h->codes_at = aligned(h->zeros_at + h->blocks * groups * kBlock);
-  h->total_bytes = h->codes_at + h->blocks * h->units * (kUnit * kBlock * bits / 8);
-  return LGQ_OK;
+  return set_offsets(h) ? LGQ_OK : LGQ_BAD_SIZE;
+}
+
+// A header that was not damaged after lgq_pack: its parts follow from one another. Costs nothing beside a product.
+bool is_consistent(const PackedHeader &h) {
+  const bool counts = h.in_features >= 1 && h.out_features >= 1 && h.groups >= 1 && h.segments >= 1 && h.units >= 1 &&
+                      h.in_features <= kMostFeatures && h.out_features <= kMostFeatures &&
+                      h.groups <= h.in_features && h.segments <= h.units && h.units <= h.in_features;
+  const bool width = h.bits == 2 || h.bits == 3 || h.bits == 4 || h.bits == 8;
+  if (!counts || !width || h.zero < 0 || h.zero >= 1 << h.bits || (h.symmetric | h.permuted) >> 1 != 0) return false;
+  PackedHeader expected = h;
+  return set_offsets(&expected) && std::memcmp(&expected, &h, sizeof h) == 0;
 }
 
 // Cuts the groups into segments and orders the inputs by group; source[p] is the input at packed position p.
@@ -149,6 +168,56 @@ void pack_unit(const PackedHeader &h, const uint32_t *qweight, const int32_t *so
   std::memcpy(codes, lanes, static_cast<size_t>(bits) * kRunBytes);
 }
 
+// Exchanges the fields under `mask` with those `shift` bits above.
+uint32_t exchange(uint32_t w, int shift, uint32_t mask) {
+  const uint32_t t = ((w >> shift) ^ w) & mask;
+  return w ^ t ^ (t << shift);
+}
+
+// Four codes of 3 bits as the low bits of four bytes.
+uint32_t spread_quad(uint32_t v) {
+  v = (v & 0x3f) | (v & 0xfc0) << 10;
+  return (v & 0x00070007) | (v & 0x00380038) << 5;
+}
+
+// The same for 32 neighbouring inputs from a multiple of 32 on, which fill whole words: their fields only change places
+// within a word (2 bits: a transposed 4 x 4 matrix; 4 bits: 2 x 4; 8 bits: nothing), or among three (3 bits).
+void pack_straight(const PackedHeader &h, const uint32_t *qweight, int64_t input, int64_t block, uint8_t *codes) {
+  const int64_t first = block * kBlock, out = h.out_features;
+  const int64_t count = out - first < kBlock ? out - first : kBlock;
+  const uint32_t *__restrict words = qweight + input / 32 * h.bits * out + first;
+  uint32_t *__restrict lanes = reinterpret_cast<uint32_t *>(codes);
+  if (count < kBlock) std::memset(codes, 0, static_cast<size_t>(h.bits) * kRunBytes);
+  if (h.bits == 3) {
+    for (int64_t o = 0; o < count; ++o) {
+      const uint32_t a = words[o], b = words[out + o], c = words[2 * out + o];
+      const uint32_t six = spread_quad(c >> 8 & 0xfff), seven = spread_quad(c >> 20);
+      lanes[o] = spread_quad(a & 0xfff) | spread_quad(a >> 12 & 0xfff) << 3 | (six & 0x03030303) << 6;
+      lanes[kBlock + o] =
+          spread_quad((a >> 24 | b << 8) & 0xfff) | spread_quad(b >> 4 & 0xfff) << 3 | (seven & 0x03030303) << 6;
+      lanes[2 * kBlock + o] = spread_quad(b >> 16 & 0xfff) | spread_quad((b >> 28 | c << 4) & 0xfff) << 3 |
+                              (six & 0x04040404) << 4 | (seven & 0x04040404) << 5;
+    }
+    return;
+  }
+  for (int run = 0; run < h.bits; ++run, words += out, lanes += kBlock) {
+    if (h.bits == 8)
+      std::memcpy(lanes, words, static_cast<size_t>(count) * 4);
+    else if (h.bits == 4)
+      for (int64_t o = 0; o < count; ++o) lanes[o] = exchange(exchange(words[o], 8, 0x0000ff00), 4, 0x00f000f0);
+    else
+      for (int64_t o = 0; o < count; ++o) lanes[o] = exchange(exchange(words[o], 12, 0x0000f0f0), 6, 0x00cc00cc);
+  }
+}
+
+// True when a unit's inputs are 32 neighbours from a multiple of 32 on.
+bool is_straight(const int32_t *source, int inputs) {
+  if (inputs < kUnit || source[0] % kUnit != 0) return false;
+  for (int k = 1; k < kUnit; ++k)
+    if (source[k] != source[0] + k) return false;
+  return true;
+}
+
 uint32_t code_at(const uint8_t *vector, int bits, int quad, int lane, int byte) {
   const auto at = [&](int run) { return static_cast<uint32_t>(vector[run * kRunBytes + lane * 4 + byte]); };
   if (quad_is_split(bits, quad)) return (at(quad - 6) >> 6) | (((at(2) >> quad) & 1u) << 2);
@@ -179,8 +248,11 @@ int32_t view_packed(const void *packed, int64_t packed_bytes, PackedView *view) 
   if (packed_bytes < static_cast<int64_t>(sizeof(PackedHeader))) return LGQ_NOT_PACKED;
   const auto *bytes = static_cast<const uint8_t *>(packed);
   const auto *h = reinterpret_cast<const PackedHeader *>(packed);
-  if (h->magic != kMagic) return LGQ_NOT_PACKED;
+  if (h->magic != kMagic || !is_consistent(*h)) return LGQ_NOT_PACKED;
   if (h->total_bytes > packed_bytes) return LGQ_BUFFER_TOO_SMALL;
+  const Segment &last = reinterpret_cast<const Segment *>(bytes + h->segments_at)[h->segments - 1];
+  if (last.unit + int64_t{last.units} != h->units || last.position + int64_t{last.inputs} != h->in_features)
+    return LGQ_NOT_PACKED;
   view->header = h;
   view->segments = reinterpret_cast<const Segment *>(bytes + h->segments_at);
   view->permutation = h->permuted ? reinterpret_cast<const int32_t *>(bytes + h->permutation_at) : nullptr;
@@ -242,11 +314,17 @@ int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int3
     // Blocks innermost: the source is row-major in outputs, so this reads long runs of its rows.
     for (int64_t s = 0; s < h.segments; ++s)
       for (int u = 0; u < segments[s].units; ++u) {
-        const int left = segments[s].inputs - u * kUnit;
-        for (int64_t block = begin; block < end; ++block)
-          pack_unit(h, reinterpret_cast<const uint32_t *>(qweight), source + segments[s].position + u * kUnit,
-                    left < kUnit ? left : kUnit, block,
-                    bytes + h.codes_at + (block * h.units + segments[s].unit + u) * unit_bytes);
+        const int left = segments[s].inputs - u * kUnit, inputs = left < kUnit ? left : kUnit;
+        const int32_t *from = source + segments[s].position + u * kUnit;
+        const auto *words = reinterpret_cast<const uint32_t *>(qweight);
+        const bool straight = is_straight(from, inputs);
+        for (int64_t block = begin; block < end; ++block) {
+          uint8_t *to = bytes + h.codes_at + (block * h.units + segments[s].unit + u) * unit_bytes;
+          if (straight)
+            pack_straight(h, words, from[0], block, to);
+          else
+            pack_unit(h, words, from, inputs, block, to);
+        }
       }
   });
   std::free(source);

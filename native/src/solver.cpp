@@ -27,6 +27,9 @@ const SolverKernels &kernels() {
 // 2^20 columns: H alone would be 4 TiB, and no product of sizes below overflows.
 bool size_ok(int64_t n) { return n >= 1 && n <= int64_t{1} << 20; }
 
+// A leading dimension: at least the columns, and such that no offset overflows.
+bool stride_ok(int64_t ld, int64_t cols) { return ld >= cols && ld <= int64_t{1} << 40; }
+
 lgq_status check_groups(const int32_t *group, int64_t cols, int64_t groups) {
   for (int64_t i = 0; i < cols; ++i)
     if (group[i] < 0 || group[i] >= groups) return LGQ_BAD_GROUP;
@@ -43,8 +46,8 @@ int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int64_t ldu,
                        int32_t max_code, uint8_t *codes, int64_t ldcodes, float *err, int64_t lderr, double *loss) {
   using namespace lgq;
   if (!w || !u || !scales || !zeros || !group || !codes || !loss) return LGQ_NULL_POINTER;
-  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || ldw < cols || ldu < cols || ldcodes < cols ||
-      (err && lderr < cols))
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !stride_ok(ldw, cols) || !stride_ok(ldu, cols) ||
+      !stride_ok(ldcodes, cols) || (err && !stride_ok(lderr, cols)))
     return LGQ_BAD_SIZE;
   if (max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
   if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
@@ -56,7 +59,9 @@ int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t 
   using namespace lgq;
   if (!h || !x) return LGQ_NULL_POINTER;
   if (dtype != LGQ_F32 && dtype != LGQ_BF16) return LGQ_BAD_DTYPE;
-  if (tokens < 1 || !size_ok(cols) || ldx < cols || ldh < cols) return LGQ_BAD_SIZE;
+  if (tokens < 1 || tokens > int64_t{1} << 40 || !size_ok(cols) || !stride_ok(ldh, cols) || ldx < cols ||
+      ldx > (int64_t{1} << 60) / tokens)
+    return LGQ_BAD_SIZE;
   return finished(kernels().syrk({x, ldx, tokens, cols, dtype == LGQ_BF16, h, ldh, max_threads()}));
 }
 
@@ -77,7 +82,7 @@ int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64_t cols,
                         int32_t refits, int32_t max_code, float *best_scales, int32_t *best_zeros) {
   using namespace lgq;
   if (!w || !importance || !scales || !zeros || !best_scales || !best_zeros) return LGQ_NULL_POINTER;
-  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !size_ok(group_width) || ldw < cols)
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !size_ok(group_width) || !stride_ok(ldw, cols))
     return LGQ_BAD_SIZE;
   if ((groups - 1) * group_width >= cols || groups * group_width < cols) return LGQ_BAD_SIZE;
   if (candidates < 1 || candidates > 1 << 16 || refits < 0 || max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;

@@ -34,3 +34,4 @@ class Random {
 
 void test_solver();
 void test_matmul();
+void test_hostile();

@@ -16,6 +16,7 @@ int main() {
     CHECK(name == lgq_isa());
     test_solver();
     test_matmul();
+    test_hostile();
     std::printf("%s: ok\n", name.c_str());
   }
 }

@@ -1,0 +1,171 @@
+// Every entry point with one argument spoilt at a time: a status, never a crash. Meant to be run with sanitizers.
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "lightgptq.h"
+
+namespace {
+
+// f(value) must be refused for each size that can be none.
+template <class F>
+void refuse_sizes(F f, bool zero_is_fine = false) {
+  for (const int64_t value : {int64_t{-1}, INT64_MIN, INT64_MAX, int64_t{1} << 62}) CHECK(f(value) != LGQ_OK);
+  if (!zero_is_fine) CHECK(f(0) != LGQ_OK);
+}
+
+struct Weight {
+  int64_t in = 96, out = 40, groups = 3, bytes = 0;
+  std::vector<int32_t> qweight, qzeros, g_idx;
+  std::vector<uint16_t> scales;
+  char *memory = nullptr;
+
+  Weight() : qweight(12 * 40, 0x12345678), qzeros(3 * 5, 0x11111111), scales(3 * 40, 0x2400) {
+    for (int i = 0; i < in; ++i) g_idx.push_back(i * 7 % 3);
+    CHECK(lgq_packed_bytes(in, out, groups, 4, g_idx.data(), &bytes) == LGQ_OK);
+    void *start = nullptr;
+    CHECK(posix_memalign(&start, 64, static_cast<size_t>(bytes)) == 0);
+    memory = static_cast<char *>(start);
+    CHECK(pack(in, out, groups, 4, 1, memory, bytes) == LGQ_OK);
+  }
+  ~Weight() { std::free(memory); }
+
+  int32_t pack(int64_t i, int64_t o, int64_t g, int32_t bits, int32_t offset, void *to, int64_t size) const {
+    return lgq_pack(i, o, g, bits, offset, qweight.data(), qzeros.data(), scales.data(), g_idx.data(), to, size);
+  }
+};
+
+void spoil_packing(const Weight &w) {
+  const int32_t *g_idx = w.g_idx.data();
+  int64_t bytes = -7;
+  refuse_sizes([&](int64_t v) { return lgq_packed_bytes(v, w.out, w.groups, 4, g_idx, &bytes); });
+  refuse_sizes([&](int64_t v) { return lgq_packed_bytes(w.in, v, w.groups, 4, g_idx, &bytes); });
+  refuse_sizes([&](int64_t v) { return lgq_packed_bytes(w.in, w.out, v, 4, g_idx, &bytes); });
+  for (const int32_t bits : {INT32_MIN, -4, 0, 1, 5, 16, INT32_MAX})
+    CHECK(lgq_packed_bytes(w.in, w.out, w.groups, bits, g_idx, &bytes) == LGQ_BAD_BITS);
+  CHECK(lgq_packed_bytes(w.in, w.out, w.groups, 4, g_idx, nullptr) == LGQ_NULL_POINTER);
+  CHECK(lgq_packed_bytes(w.in, w.out, w.groups, 4, nullptr, &bytes) == LGQ_NULL_POINTER);
+  CHECK(bytes == -7);
+
+  refuse_sizes([&](int64_t v) { return w.pack(v, w.out, w.groups, 4, 1, w.memory, w.bytes); });
+  refuse_sizes([&](int64_t v) { return w.pack(w.in, v, w.groups, 4, 1, w.memory, w.bytes); });
+  refuse_sizes([&](int64_t v) { return w.pack(w.in, w.out, v, 4, 1, w.memory, w.bytes); });
+  CHECK(w.pack(w.in, w.out, w.groups, 7, 1, w.memory, w.bytes) == LGQ_BAD_BITS);
+  CHECK(w.pack(w.in, w.out, w.groups, 4, 2, w.memory, w.bytes) == LGQ_BAD_VALUE);
+  CHECK(w.pack(w.in, w.out, w.groups, 4, 1, nullptr, w.bytes) == LGQ_NULL_POINTER);
+  CHECK(w.pack(w.in, w.out, w.groups, 4, 1, w.memory + 4, w.bytes) == LGQ_UNALIGNED);
+  for (const int64_t size : {w.bytes - 1, int64_t{0}, int64_t{-1}, INT64_MIN})
+    CHECK(w.pack(w.in, w.out, w.groups, 4, 1, w.memory, size) == LGQ_BUFFER_TOO_SMALL);
+  lgq_advise_huge_pages(nullptr, 1 << 22);
+  lgq_advise_huge_pages(w.memory, -1);
+}
+
+void spoil_products(const Weight &w) {
+  std::vector<float> x(2 * 96, 1.0f), y(2 * 40), dense(40 * 96);
+  const auto matmul = [&](const void *from, int64_t size, int64_t rows, int64_t x_stride, int64_t y_stride) {
+    return lgq_matmul(from, size, rows, x.data(), x_stride, nullptr, 0, y.data(), y_stride, LGQ_F32, LGQ_EXACT);
+  };
+  CHECK(matmul(w.memory, w.bytes, 2, 96, 40) == LGQ_OK);
+  CHECK(matmul(w.memory, w.bytes, 0, 96, 40) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return matmul(w.memory, v == INT64_MAX || v == int64_t{1} << 62 ? 0 : v, 2, 96, 40); });
+  refuse_sizes([&](int64_t v) { return matmul(w.memory, w.bytes, v, 96, 40); }, true);
+  refuse_sizes([&](int64_t v) { return matmul(w.memory, w.bytes, 2, v, 40); });
+  refuse_sizes([&](int64_t v) { return matmul(w.memory, w.bytes, 2, 96, v); });
+  const auto shared = [&](int32_t count, const lgq_factor *factors, void *const *outputs, int64_t rows, int64_t stride) {
+    return lgq_matmul_shared(count, factors, rows, x.data(), stride, outputs, LGQ_F32, LGQ_EXACT);
+  };
+  const lgq_factor factor{w.memory, w.bytes, nullptr, 0}, broken{w.memory + 8, w.bytes, nullptr, 0};
+  void *const outputs[] = {y.data()}, *const no_outputs[] = {nullptr};
+  CHECK(shared(1, &factor, outputs, 2, 96) == LGQ_OK);
+  CHECK(shared(0, &factor, outputs, 2, 96) == LGQ_BAD_SIZE);
+  CHECK(shared(LGQ_MOST_FACTORS + 1, &factor, outputs, 2, 96) == LGQ_BAD_SIZE);
+  CHECK(shared(INT32_MIN, &factor, outputs, 2, 96) == LGQ_BAD_SIZE);
+  CHECK(shared(1, nullptr, outputs, 2, 96) == LGQ_NULL_POINTER);
+  CHECK(shared(1, &factor, nullptr, 2, 96) == LGQ_NULL_POINTER);
+  CHECK(shared(1, &factor, no_outputs, 2, 96) == LGQ_NULL_POINTER);
+  CHECK(shared(1, &broken, outputs, 2, 96) == LGQ_UNALIGNED);
+  refuse_sizes([&](int64_t v) { return shared(1, &factor, outputs, v, 96); }, true);
+  refuse_sizes([&](int64_t v) { return shared(1, &factor, outputs, 2, v); });
+  // room for the 64 outputs that a damaged count within the block may name
+  std::vector<uint8_t> codes(64 * 96);
+  std::vector<int32_t> zeros(3 * 64), g_idx(96);
+  std::vector<uint16_t> scales(3 * 64);
+  int64_t shape[4];
+  CHECK(lgq_packed_shape(w.memory, w.bytes, nullptr) == LGQ_NULL_POINTER);
+  CHECK(lgq_packed_shape(nullptr, w.bytes, shape) == LGQ_NULL_POINTER);
+  CHECK(lgq_dequantize(w.memory, w.bytes, nullptr, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_dequantize(w.memory, w.bytes, dense.data(), 3) == LGQ_BAD_DTYPE);
+  CHECK(lgq_unpack(w.memory, w.bytes, nullptr, scales.data(), zeros.data(), g_idx.data()) == LGQ_NULL_POINTER);
+  CHECK(lgq_unpack(w.memory, w.bytes, codes.data(), nullptr, zeros.data(), g_idx.data()) == LGQ_NULL_POINTER);
+  CHECK(lgq_unpack(w.memory, w.bytes, codes.data(), scales.data(), nullptr, g_idx.data()) == LGQ_NULL_POINTER);
+  CHECK(lgq_unpack(w.memory, w.bytes, codes.data(), scales.data(), zeros.data(), nullptr) == LGQ_NULL_POINTER);
+  // A damaged header is refused or, where the bit says nothing about memory (the zero, its symmetry), still harmless.
+  Random random(5);
+  for (int trial = 0; trial < 2000; ++trial) {
+    char *byte = w.memory + random.below(128);
+    const char flip = static_cast<char>(1 << random.below(8)), before = *byte;
+    *byte = static_cast<char>(before ^ flip);
+    (void)matmul(w.memory, w.bytes, 2, 96, 40);
+    (void)lgq_unpack(w.memory, w.bytes, codes.data(), scales.data(), zeros.data(), g_idx.data());
+    *byte = before;
+  }
+}
+
+void spoil_solvers() {
+  const int64_t rows = 4, cols = 6, groups = 3;
+  std::vector<float> w(24, 0.5f), u(36, 1.0f), scales(12, 0.25f), h(36), importance(6, 1.0f), candidates(24, 0.25f);
+  std::vector<int32_t> zeros(24, 8), group = {0, 0, 1, 1, 2, 2}, best_zeros(12);
+  std::vector<float> best_scales(12);
+  std::vector<uint8_t> codes(24);
+  std::vector<double> loss(4), inverse(36, 1.0);
+  const auto sweep = [&](int64_t ldw, int64_t ldu, int64_t r, int64_t c, int64_t g, int64_t ldc) {
+    return lgq_gptq_sweep(w.data(), ldw, u.data(), ldu, r, c, scales.data(), zeros.data(), g, group.data(), 15,
+                          codes.data(), ldc, nullptr, 0, loss.data());
+  };
+  CHECK(sweep(6, 6, rows, cols, groups, 6) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return sweep(v, 6, rows, cols, groups, 6); });
+  refuse_sizes([&](int64_t v) { return sweep(6, v, rows, cols, groups, 6); });
+  refuse_sizes([&](int64_t v) { return sweep(6, 6, v, cols, groups, 6); });
+  refuse_sizes([&](int64_t v) { return sweep(6, 6, rows, v, groups, 6); });
+  refuse_sizes([&](int64_t v) { return sweep(6, 6, rows, cols, v, 6); });
+  refuse_sizes([&](int64_t v) { return sweep(6, 6, rows, cols, groups, v); });
+  const auto gram = [&](int64_t ldh, int64_t ldx, int64_t tokens, int64_t c) {
+    return lgq_add_gram(h.data(), ldh, w.data(), ldx, tokens, c, LGQ_F32);
+  };
+  CHECK(gram(6, 6, 4, 6) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return gram(v, 6, 4, 6); });
+  refuse_sizes([&](int64_t v) { return gram(6, v, 4, 6); });
+  refuse_sizes([&](int64_t v) { return gram(6, 6, v, 6); });
+  refuse_sizes([&](int64_t v) { return gram(6, 6, 4, v); });
+  const auto obq = [&](int64_t r, int64_t c, int64_t g) {
+    return lgq_obq(w.data(), inverse.data(), r, c, scales.data(), zeros.data(), g, group.data(), 15, codes.data(),
+                   loss.data());
+  };
+  refuse_sizes([&](int64_t v) { return obq(v, cols, groups); });
+  refuse_sizes([&](int64_t v) { return obq(rows, v, groups); });
+  refuse_sizes([&](int64_t v) { return obq(rows, cols, v); });
+  const auto search = [&](int64_t ldw, int64_t r, int64_t c, int64_t g, int64_t width, int64_t count, int32_t refits,
+                          int32_t max_code, float *best) {
+    return lgq_search_grid(w.data(), ldw, r, c, g, width, importance.data(), count, candidates.data(), zeros.data(),
+                           refits, max_code, best, best_zeros.data());
+  };
+  CHECK(search(6, rows, cols, groups, 2, 2, 3, 15, best_scales.data()) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return search(v, rows, cols, groups, 2, 2, 3, 15, best_scales.data()); });
+  refuse_sizes([&](int64_t v) { return search(6, v, cols, groups, 2, 2, 3, 15, best_scales.data()); });
+  refuse_sizes([&](int64_t v) { return search(6, rows, v, groups, 2, 2, 3, 15, best_scales.data()); });
+  refuse_sizes([&](int64_t v) { return search(6, rows, cols, v, 2, 2, 3, 15, best_scales.data()); });
+  refuse_sizes([&](int64_t v) { return search(6, rows, cols, groups, v, 2, 3, 15, best_scales.data()); });
+  refuse_sizes([&](int64_t v) { return search(6, rows, cols, groups, 2, v, 3, 15, best_scales.data()); });
+  CHECK(search(6, rows, cols, groups, 2, 2, -1, 15, best_scales.data()) == LGQ_BAD_VALUE);
+  CHECK(search(6, rows, cols, groups, 2, 2, 3, 0, best_scales.data()) == LGQ_BAD_VALUE);
+  CHECK(search(6, rows, cols, groups, 2, 2, 3, 15, nullptr) == LGQ_NULL_POINTER);
+}
+
+}  // namespace
+
+void test_hostile() {
+  const Weight w;
+  spoil_packing(w);
+  spoil_products(w);
+  spoil_solvers();
+}
