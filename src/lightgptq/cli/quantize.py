@@ -170,7 +170,8 @@ def command(
             listener=listener,
         )
     if as_json:
-        show_json({"out": str(report.out), "seconds": round(report.seconds, 3), **report.to_dict()})
+        took = {"seconds": round(report.seconds, 3), "peak_device_bytes": report.peak_device_bytes}
+        show_json({"out": str(report.out), **took, **report.to_dict()})
     else:
         _summarise(report, console)
 
@@ -226,8 +227,9 @@ def _describe(step: Step) -> str:
 def _summarise(report: QuantReport, console: Console) -> None:
     losses = [m.relative_loss for m in report.modules if m.relative_loss is not None]
     worst = f", largest relative loss {max(losses):.2e}" if losses else ""
-    peak = report.peak_device_bytes
-    memory = f", at most {peak / 2**30:.2f} GiB on the GPU" if peak is not None else ""
+    peak, planned = report.peak_device_bytes, report.planned_device_bytes or 0
+    held = f", at most {(peak or 0) / 2**30:.2f} GiB on the GPU ({planned / 2**30:.2f} planned)"
+    memory = held if peak is not None else ""
     console.print(
         f"{report.out}: {len(report.modules)} linears quantized in {report.seconds:.1f} s{memory}{worst}",
         markup=False,
