@@ -17,7 +17,7 @@ from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import fit_grid_batch
 from lightgptq.core.sweep import sweep, sweep_torch
 
-EXPERTS = (20, 1536, 2048)  # gate and up of as many of Qwen3-30B-A3B's experts as are solved together
+EXPERTS = (17, 1536, 2048)  # gate and up of as many of Qwen3-30B-A3B's experts as are solved together
 SWEEPS = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672)]
 GRAMS = [(4096, 4096), (4096, 14336), (4096, 28672)]  # tokens, in
 ERROR_COLUMNS = 256  # of H that are compared with float64

@@ -11,8 +11,8 @@ from lightgptq.errors import UsageError
 
 # Left to the operating system and to other programs when nothing is said.
 SHARE_OF_FREE = 0.8
-# For experts that are solved together: at 2 GiB twenty of 2048 inputs and 768 outputs, at which the launches of one
-# step are shared by enough of them; large experts fill a GPU by themselves.
+# For experts that are solved together: 2 GiB hold gate and up of 17 experts of 2048 inputs and 768 outputs, enough to
+# share the launches of a step; experts of which no two fit fill a GPU by themselves.
 EXPERTS_BYTES, EXPERTS_SHARE = 2 << 30, 8
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
