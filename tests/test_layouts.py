@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -137,6 +138,42 @@ def test_only_experts_with_tokens_run() -> None:
     for expert in (0, 2, 3, 4):
         linears.get_submodule(f"{expert}.up_proj").register_forward_pre_hook(lambda *_: pytest.fail("ran"))
     linears(torch.ones(3, HIDDEN), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("all_tokens", [True, False])
+@torch.no_grad()
+def test_announced_inputs_are_those_that_linears_get_stage_by_stage(has_gate: bool, all_tokens: bool) -> None:
+    """And weights that are changed meanwhile are those that count."""
+    linears, other = _filled(fused(has_gate=has_gate)), _filled(fused(has_gate=has_gate))
+    linears.all_tokens = other.all_tokens = all_tokens
+    first = {"gate_proj", "up_proj"} if has_gate else {"up_proj"}
+    told: dict[str, Tensor] = {}
+    got: dict[str, Tensor] = {}
+    stages: list[set[str]] = []
+    for name, module in linears.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: got.update({name: args[0]}))
+
+    def announce(inputs: Mapping[str, Callable[[], Tensor]]) -> None:
+        stages.append({name.partition(".")[2] for name in inputs})
+        told.update({name: x() for name, x in inputs.items()})
+        for name in inputs:
+            linears.get_submodule(name).weight.mul_(1.5)
+            other.get_submodule(name).weight.mul_(1.5)
+
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
+    index, weights = torch.tensor([[0, 1], [2, 0], [0, 5], [2, 1]]), torch.rand(4, 2)
+    with linears.announcing(announce):
+        have = linears(x, index, weights)
+    assert stages == [first, {"down_proj"}]
+    assert told.keys() == got.keys()
+    assert {name.partition(".")[0] for name in told} == set("01234" if all_tokens else "012")
+    assert all(torch.equal(told[name], got[name]) for name in told)
+    assert torch.equal(have, other(x, index, weights))
+    stages.clear()
+    linears(x, index, weights)
+    assert not stages
 
 
 def test_conv1d_becomes_a_linear_with_the_weight_transposed() -> None:
