@@ -2,10 +2,13 @@
 
     python -m bench.bench_cpu_matmul [--bits 4,8,3,2] [--rows 1,4,16,64,512] [--modes exact,int8] [--shapes 4096x4096]
         [--repeats 30] [--dtype bfloat16] [--asym] [--act-order] [--no-baselines] [--no-append]
+        [--peer TOOL=PYTHON ...] [--ggml FOLDER]
 
 Between the calls of every round a probe reads memory and another multiplies in registers (``probe.cpp``, compiled here
 for this CPU). Weights rotate among 512 MiB of copies, so that no cache holds them. Outputs are compared with the
-float64 product before anything is timed. Appends to bench/results/cpu_matmul.jsonl.
+float64 product before anything is timed. Other tools (onnxruntime, openvino, zentorch, ggml) run in processes and
+environments of their own, whose interpreters are given; ggml is taken from the folder of llama.cpp's libraries. What is
+not given is not measured. Appends to bench/results/cpu_matmul.jsonl.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bench.peers import Peer, PeerError
 from bench.record import append
 from lightgptq import ops
 from lightgptq.checkpoint.packing import pack
@@ -36,6 +41,8 @@ PEAK_KIND = {"exact": 1, "int8": 2}
 OPS_PER_STEP = {1: 2 * 12 * 32, 2: 2 * 12 * 64, 0: 2 * 12 * 16}
 PEAK_STEPS = 30_000
 CALLS = 3  # of each candidate in a round, timed one by one
+MOST_ROWS = 512
+SETTLE = 0.02  # seconds in which OpenMP threads stop spinning
 
 
 class Probe:
@@ -155,6 +162,36 @@ def baselines(q: QuantizedWeight, x: Tensor) -> dict[str, Rotation]:
     return result
 
 
+def start_peers(options: argparse.Namespace, peers: list[Peer]) -> None:
+    """Append the servers of the tools that were named."""
+    threads = str(torch.get_num_threads())
+    for given in options.peer:
+        tool, _, python = given.partition("=")
+        folder = [options.ggml] if tool == "ggml" else []
+        peers.append(Peer(tool, python, "peer_matmul.py", tool, threads, *folder))
+
+
+def load_peers(peers: list[Peer], q: QuantizedWeight, x: Tensor, folder: Path) -> dict[str, str]:
+    """Give each the problem; returns their versions."""
+    file = folder / "problem.npz"
+    np.savez(file, codes=q.codes.numpy(), scales=q.scales.t().contiguous().numpy(), x=x.float().numpy())
+    return {
+        peer.name: peer.ask(do="load", file=str(file), rotation=ROTATION_BYTES)["version"] for peer in peers
+    }
+
+
+def peer_product(peer: Peer, rows: int, folder: Path) -> Tensor:
+    """What a peer makes of the first rows."""
+    file = folder / "product.npy"
+    peer.ask(do="product", rows=rows, file=str(file))
+    return torch.from_numpy(np.load(file))
+
+
+def activations(rows: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The same random rows for everyone."""
+    return torch.randn(MOST_ROWS, in_features, generator=torch.Generator().manual_seed(1))[:rows].to(dtype)
+
+
 def check(name: str, y: Tensor, x: Tensor, W: Tensor, relative: float) -> float:
     """Largest error relative to sum |x||w|; raises SystemExit when it is above ``relative``."""
     magnitude = x.double().abs() @ W.abs().t()
@@ -165,7 +202,7 @@ def check(name: str, y: Tensor, x: Tensor, W: Tensor, relative: float) -> float:
 
 
 def measure(
-    probe: Probe, options: argparse.Namespace, shape: tuple[int, int], bits: int, mode: str
+    probe: Probe, options: argparse.Namespace, peers: list[Peer], shape: tuple[int, int], bits: int, mode: str
 ) -> list[dict[str, Any]]:
     """One line per number of rows."""
     in_features, out_features = shape
@@ -177,20 +214,30 @@ def measure(
     weight_bytes = q.codes.numel() * bits / 8 + q.scales.numel() * (2 if not options.asym else 3)
     lines = []
     dtype = getattr(torch, options.dtype)
+    folder = Path(tempfile.mkdtemp(prefix="lightgptq-peers-"))
+    if bits != 4 or options.asym or options.act_order:
+        peers = []
+    versions = load_peers(peers, q, activations(MOST_ROWS, in_features, dtype), folder)
     for rows in options.rows:
-        x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        x = activations(rows, in_features, dtype)
         runs = {"lightgptq": candidate(weight, x, mode)}
         if not options.no_baselines:
             runs |= baselines(q, x)
         errors = {name: check(name, run(), x[:rows], W, 0.02) for name, run in runs.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        for peer in peers:
+            errors[peer.name] = check(peer.name, peer_product(peer, rows, folder), x, W, 0.02)
+        times: dict[str, list[float]] = {name: [] for name in (*runs, *(peer.name for peer in peers))}
         bandwidth, peak = [], []
         for _ in range(max(3, options.repeats // (1 if rows <= 16 else 3 if rows <= 64 else 10))):
+            probe.bytes_per_second()  # threads that sleep take milliseconds to come
             bandwidth.append(probe.bytes_per_second())
             peak.append(probe.operations_per_second(PEAK_KIND[mode]))
             for name, run in runs.items():
                 run()  # the first call after something else pays for cold caches, 40 microseconds at one row
                 times[name].extend(seconds(run) for _ in range(CALLS))
+            for peer in peers:
+                time.sleep(SETTLE)  # until our own threads sleep
+                times[peer.name].extend(peer.ask(do="time", rows=rows, calls=CALLS + 2)["seconds"][2:])
         operations = 2.0 * rows * in_features * out_features
         ours = quantiles(times["lightgptq"])
         limit = [max(weight_bytes / b, operations / p) for b, p in zip(bandwidth, peak, strict=True)]
@@ -215,6 +262,7 @@ def measure(
                 ),
                 "error": {name: float(f"{e:.2g}") for name, e in errors.items()},
                 "repack_ms": round(repack * 1e3, 1),
+                "peers": versions,
             }
         )
     return lines
@@ -246,13 +294,28 @@ def main() -> None:
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--no-append", action="store_true")
+    parser.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
+    parser.add_argument("--ggml", default="", help="folder of llama.cpp's libraries, for --peer ggml=PYTHON")
     options = parser.parse_args()
     probe = Probe()
+    peers: list[Peer] = []
+    try:
+        start_peers(options, peers)
+        run(options, probe, peers)
+    except PeerError as error:
+        raise SystemExit(str(error)) from error
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def run(options: argparse.Namespace, probe: Probe, peers: list[Peer]) -> None:
+    """Every shape, width, arithmetic and number of rows."""
     for shape in options.shapes.split(","):
         in_features, out_features = (int(n) for n in shape.split("x"))
         for bits in options.bits:
             for mode in options.modes.split(","):
-                for line in measure(probe, options, (in_features, out_features), bits, mode):
+                for line in measure(probe, options, peers, (in_features, out_features), bits, mode):
                     print(show(line), flush=True)
                     if not options.no_append:
                         append("cpu_matmul", line)

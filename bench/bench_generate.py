@@ -1,11 +1,12 @@
 """Decode and prefill of a random Llama-3.2-1B-shaped GPTQ checkpoint through plain Transformers, beside llama.cpp.
 
     python -m bench.bench_generate FOLDER [--bits 4] [--head-bits 8] [--modes exact,int8] [--new-tokens 64]
-        [--prompt 256] [--llama-python PYTHON] [--dense] [--compiled] [--layers 16] [--repeats 5] [--no-append]
+        [--prompt 256] [--dtype bfloat16] [--llama-python PYTHON] [--dense] [--compiled] [--layers 16] [--repeats 5]
+        [--no-append]
 
 FOLDER keeps the checkpoint and its GGUF file, both made when they are missing. llama.cpp runs the file that our
 exporter wrote, with the same codes (Q4_0, the head Q8_0 or Q4_0); PYTHON is an interpreter whose environment has
-llama-cpp-python. Its logits, and those of Transformers' own bfloat16 linears (--dense), are compared with ours before
+llama-cpp-python. Its logits, and those of Transformers' own linears (--dense), are compared with ours before
 anything is timed. Decoding is timed from the second token on. Where a token's time goes: inside the native calls,
 against the bytes that they read at the probe's speed; and without any linear (each replaced by an empty tensor), which
 is what Python and torch cost while nothing drives them out of the caches. Appends to bench/results/generate.jsonl.
@@ -82,10 +83,10 @@ def replaced(model: nn.Module, other: Callable[[QuantLinear], nn.Module]) -> Cal
     return undo
 
 
-def dense(layer: QuantLinear) -> nn.Linear:
-    """The same weight in bfloat16."""
+def dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """The same weight, dequantized."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize(torch.bfloat16), requires_grad=False)
+    linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     return linear
 
 
@@ -150,8 +151,8 @@ def ours(model: Any, mode: str, compiled: bool = False) -> Candidate:
 
 
 def transformers_dense(model: Any, logits: Tensor, tokens: Tensor) -> Candidate:
-    """Transformers with the dequantized weights in bfloat16; everything but the linears is shared with ``model``."""
-    made = {id(layer): dense(layer) for _, _, layer in quant_linears(model)}
+    """Transformers with the dequantized weights; everything but the linears is shared with ``model``."""
+    made = {id(layer): dense(layer, model.dtype) for _, _, layer in quant_linears(model)}
 
     def swapped(measure: Callable[[Any, int], Any]) -> Callable[[int], Any]:
         def run(count: int) -> Any:
@@ -182,9 +183,8 @@ def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
                 yield parent, name, child
 
 
-def llama_cpp(python: str, gguf: Path, logits: Tensor, tokens: list[int]) -> tuple[Candidate, str]:
+def llama_cpp(peer: Peer, logits: Tensor, tokens: list[int]) -> tuple[Candidate, str]:
     """llama.cpp, once its logits agree with ours, and its version; raises PeerError."""
-    peer = Peer("llama.cpp", python, "peer_llamacpp.py", str(gguf), str(torch.get_num_threads()))
     theirs = torch.tensor(peer.ask(do="logits", tokens=tokens)["logits"])
     check("llama.cpp", logits, theirs)
     candidate = Candidate(
@@ -277,11 +277,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
     return checkpoint, gguf
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, checkpoint: Path, peer: Peer | None) -> dict[str, Any]:
     """All candidates in turn, a probe of memory beside each round."""
     probe = Probe()
-    checkpoint, gguf = prepare(options.folder, options)
-    model = lightgptq.load(checkpoint, dtype="bfloat16", device="cpu")
+    model = lightgptq.load(checkpoint, dtype=options.dtype, device="cpu")
     model.generation_config.eos_token_id = None
     tokens = torch.arange(1000, 1000 + PROMPT)
     logits = last_logits(model, tokens)
@@ -290,11 +289,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         candidates |= {f"{name}_compiled": ours(model, name.split("_")[1], True) for name in list(candidates)}
     versions = {}
     if options.dense:
-        candidates["transformers_bf16"] = transformers_dense(model, logits, tokens)
-    if options.llama_python:
-        candidates["llama_cpp"], versions["llama_cpp"] = llama_cpp(
-            options.llama_python, gguf, logits, tokens.tolist()
-        )
+        candidates["transformers_dense"] = transformers_dense(model, logits, tokens)
+    if peer is not None:
+        candidates["llama_cpp"], versions["llama_cpp"] = llama_cpp(peer, logits, tokens.tolist())
     else:
         print("llama.cpp is not measured: give --llama-python an interpreter that has llama-cpp-python")
     rates: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in candidates}
@@ -302,6 +299,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for turn in range(-1, options.repeats):  # the first round warms up
         for name, candidate in candidates.items():
             time.sleep(SETTLE)
+            probe.bytes_per_second()  # threads that sleep take milliseconds to come
             bandwidth.append(probe.bytes_per_second() / 1e9)
             rates[name]["decode"].append(candidate.decode(min(options.new_tokens, candidate.most_tokens)))
             rates[name]["prefill"].append(candidate.prefill(options.prompt))
@@ -314,6 +312,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "bits": options.bits,
         "head_bits": options.head_bits,
+        "dtype": options.dtype,
         "layers": options.layers,
         "new_tokens": options.new_tokens,
         "prompt": options.prompt,
@@ -339,15 +338,24 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--llama-python")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--no-append", action="store_true")
+    options = parser.parse_args()
+    checkpoint, gguf = prepare(options.folder, options)
+    peer = None
     try:
-        options = parser.parse_args()
-        line = measure(options)
+        if options.llama_python:
+            threads = str(torch.get_num_threads())
+            peer = Peer("llama.cpp", options.llama_python, "peer_llamacpp.py", str(gguf), threads)
+        line = measure(options, checkpoint, peer)
     except PeerError as error:
         raise SystemExit(str(error)) from error
+    finally:
+        if peer is not None:
+            peer.close()
     print(line, flush=True)
     if not options.no_append:
         append("generate", line)

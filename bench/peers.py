@@ -2,11 +2,14 @@
 
 A server is a script of this folder that only needs what its environment has. It reads one JSON object a line from its
 standard input and answers with one on its standard output; an answer with "error" says why the tool cannot do it.
+Between requests the process is stopped: threads that spin for the next parallel loop (OpenMP runtimes do so for
+milliseconds, some for much longer) would take a core from whoever is timed then.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ class Peer:
         """The answer to a request; raises PeerError when there is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -50,13 +54,13 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(f"{self.name} has ended with code {self._process.wait()}")
+        self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise PeerError(f"{self.name}: {answer['error']}")
         return answer
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        """End the process, which may be stopped."""
+        self._process.kill()
         self._process.wait()
