@@ -208,9 +208,6 @@ def breakdown(model: Any, mode: str, new_tokens: int, bandwidth: Callable[[], fl
     set_mode(model, mode)
     compile_decoding(model, False)
     spent = [0.0, 0]
-    functions = {
-        name: getattr(cpu._declare(cpu._library()), name) for name in ("lgq_matmul", "lgq_matmul_shared")
-    }
 
     def timed(function: Callable[..., int]) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
@@ -222,23 +219,23 @@ def breakdown(model: Any, mode: str, new_tokens: int, bandwidth: Callable[[], fl
 
         return call
 
-    single = cpu._matmul_function
-    cpu._matmul_function = lambda: timed(functions["lgq_matmul"])
-    shared = cpu.SharedProduct.__init__
+    single, shared = cpu._matmul_function, cpu.SharedProduct.__init__
 
     def with_clock(self: cpu.SharedProduct, *arguments: Any) -> None:
         shared(self, *arguments)
         self._function = timed(self._function)
 
-    cpu.SharedProduct.__init__ = with_clock  # type: ignore[method-assign]
+    setattr(cpu, "_matmul_function", lambda: timed(single()))  # noqa: B010
+    setattr(cpu.SharedProduct, "__init__", with_clock)  # noqa: B010
     for _, _, layer in quant_linears(model):
-        layer.place = None
+        layer.place = None  # siblings find each other anew, with the clock
     decode(model, 4)
     spent[:] = [0.0, 0]
     before = bandwidth()
     rate = decode(model, new_tokens)
     speed = (before + bandwidth()) / 2
-    cpu._matmul_function, cpu.SharedProduct.__init__ = single, shared  # type: ignore[method-assign]
+    setattr(cpu, "_matmul_function", single)  # noqa: B010
+    setattr(cpu.SharedProduct, "__init__", shared)  # noqa: B010
     packed = sum(
         layer._prepared.tensors[0].numel() for _, _, layer in quant_linears(model) if layer._prepared
     )

@@ -20,13 +20,14 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "native", "core", "checkpoint"},
     "sharing": {"ops"},
     "linear": {"errors", "core", "checkpoint", "ops", "sharing"},
+    "head": {"errors", "core", "checkpoint", "ops", "sharing", "linear"},
     "companions": {"errors", "core", "checkpoint"},
     "layouts": {"errors"},
     "sources": {"errors", "core", "checkpoint", "layouts"},
     "skeleton": {"errors", "core", "checkpoint", "companions", "layouts", "sources"},
     "hf": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "sources", "skeleton"),
-        "version",
+        *("head", "version"),
     },
     "quantization": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),

@@ -16,6 +16,7 @@ from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import load_config, local_folder, named_dtype
 from lightgptq.errors import CheckpointError
+from lightgptq.head import quantize_head
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
 from lightgptq.skeleton import build_empty_model, fill_buffers, model_class
@@ -30,6 +31,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     mode: str = "exact",
+    head_bits: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -38,6 +40,8 @@ def load(
     dtype   of activations and unquantized weights: "auto" is the checkpoint's own, or "float32", "bfloat16", "float16"
     device  "auto" (a GPU if there is one), "cpu", "cuda", ...
     mode    arithmetic of the quantized products, "exact" or "int8", see `ops.quant_matmul`
+    head_bits  round the output head to this many bits, also one tied to the embedding, see `head.quantize_head`; None
+            leaves it as the checkpoint has it
 
     Returns a Transformers model in evaluation mode; ``generate`` works. Raises CheckpointError or
     UnsupportedModelError with one sentence.
@@ -58,8 +62,12 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        return model.to(device).eval()
-    return _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
+        model = model.to(device).eval()
+    else:
+        model = _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
+    if head_bits is not None:
+        quantize_head(model, head_bits, mode)
+    return model
 
 
 def _load_quantized(
