@@ -11,8 +11,8 @@ from typing import Any
 from lightgptq.errors import UsageError
 
 PRESETS = ("fast", "balanced", "best")
-TUNE_STEPS = 60
-DISTILL_STEPS = 160
+TUNE_STEPS = 40
+DISTILL_STEPS = 200
 
 
 def preset_fields(name: str, bits: int) -> dict[str, Any]:

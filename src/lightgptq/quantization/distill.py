@@ -4,15 +4,15 @@ What is minimised is ``KL(original || quantized)`` of the next token, averaged o
 factor on every scale (the end-to-end phase of EfficientQAT, arXiv 2407.11062, with the original's logits as the teacher
 instead of the text), and for models that are not too large over the codes, too.
 
-The model is never in memory as a whole. A step is one batch: it runs forward through one block after the other, of
+The model need not be in memory as a whole. A step is one batch: it runs forward through one block after the other, of
 which only the inputs are kept; then the blocks are read again in reverse order, each is run once more and its gradients
-are taken.
+are taken. Where everything fits, a step is one graph, with the same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightgptq.core.trainable import TrainableWeight
 from lightgptq.errors import QuantizationError, UnsupportedModelError
 from lightgptq.quantization.blocks import BlockOutput, BlockWalk, DecoderBlock
 from lightgptq.quantization.flow import CalibrationFlow
@@ -59,6 +58,7 @@ class Distillation:
     teacher   the original's activations at the last block's output
     head      the quantized output head's dequantized weight; None where it is not quantized
     resident  keep all blocks in memory between steps
+    whole     run each step as one graph, which saves a second forward and takes the memory of all activations
     """
 
     def __init__(
@@ -71,9 +71,10 @@ class Distillation:
         *,
         head: Tensor | None = None,
         resident: bool = False,
+        whole: bool = False,
     ) -> None:
         self.skeleton, self.blocks, self.student, self.teacher = skeleton, blocks, student, teacher
-        self.options, self.resident = options, resident
+        self.options, self.resident, self.whole = options, resident, whole
         self.names = {
             block.index: [n for n in block.linears() if f"{block.name}.{n}" in student.ratios]
             for block in blocks
@@ -111,27 +112,40 @@ class Distillation:
         return int(torch.randperm(count, generator=generator)[at])
 
     def _gradients(self, index: int) -> float:
-        """One batch forward and back; leaves the gradient of its divergence at every ratio, returns the divergence."""
+        """One batch forward and back; leaves the gradient of its divergence at all that is trained, and returns it."""
+        return self._as_one(index) if self.whole else self._block_by_block(index)
+
+    def _as_one(self, index: int) -> float:
+        call, trained = self.teacher.call(index), list[nn.Parameter]()
+        hidden: Tensor | None = None
+        with torch.enable_grad():
+            for block in self.blocks:
+                with self._weights(block) as (values, variables):
+                    hidden = self._through(block, call, hidden, values)
+                    trained += variables
+        assert hidden is not None
+        loss, gradient = self._divergence(index, call, hidden)
+        _keep(trained, torch.autograd.grad(hidden, trained, gradient, allow_unused=True))
+        return loss
+
+    def _block_by_block(self, index: int) -> float:
         call, inputs = self.teacher.call(index), list[Tensor | None]()
         hidden: Tensor | None = None
         with torch.no_grad():
             for block in self.blocks:
                 inputs.append(hidden)
-                with self._weights(block) as values:
+                with self._weights(block) as (values, _):
                     hidden = self._through(block, call, hidden, values)
         assert hidden is not None
         loss, gradient = self._divergence(index, call, hidden)
         for block in reversed(self.blocks):
             entered = inputs.pop()
-            leaf = None if entered is None else entered.requires_grad_()
-            with torch.enable_grad(), self._weights(block) as values:
-                output = self._through(block, call, leaf, values)
-                trained = [p for w in self._trained(block) for p in w.parameters() if p.requires_grad]
-                wanted = [*trained, *([] if leaf is None else [leaf])]
-                found = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
-            for variable, its in zip(trained, found, strict=False):
-                variable.grad = torch.zeros_like(variable) if its is None else its
-            if leaf is not None:
+            leaf = [] if entered is None else [entered.requires_grad_()]
+            with torch.enable_grad(), self._weights(block) as (values, trained):
+                output = self._through(block, call, entered, values)
+                found = torch.autograd.grad(output, [*trained, *leaf], gradient, allow_unused=True)
+            _keep(trained, found)
+            if leaf:
                 gradient = found[-1]
         return loss
 
@@ -146,20 +160,21 @@ class Distillation:
         return self.patterns[block.index].take(returned)
 
     @contextmanager
-    def _weights(self, block: DecoderBlock) -> Iterator[dict[str, Tensor]]:
-        """The dequantized weights by parameter name inside the block; its other parameters are in memory meanwhile."""
+    def _weights(self, block: DecoderBlock) -> Iterator[tuple[dict[str, Tensor], list[nn.Parameter]]]:
+        """Dequantized weights by parameter name inside the block, and what is trained of them.
+
+        The block's other parameters are in memory meanwhile.
+        """
         with stage("read"):
             self.skeleton.materialise(block.module, block.name)
-        values = {}
-        for name, weight in zip(self.names[block.index], self._trained(block), strict=True):
-            dtype = block.module.get_parameter(f"{name}.weight").dtype
-            values[f"{name}.weight"] = weight().to(dtype)
-        yield values
+        values, trained = dict[str, Tensor](), list[nn.Parameter]()
+        for name in self.names[block.index]:
+            weight = self.student.weight(f"{block.name}.{name}")
+            values[f"{name}.weight"] = weight().to(block.module.get_parameter(f"{name}.weight").dtype)
+            trained += [variable for variable in weight.parameters() if variable.requires_grad]
+        yield values, trained
         if not self.resident:
             self.skeleton.release(block.module)
-
-    def _trained(self, block: DecoderBlock) -> list[TrainableWeight]:
-        return [self.student.weight(f"{block.name}.{name}") for name in self.names[block.index]]
 
     def _divergence(self, index: int, call: dict[str, Tensor], hidden: Tensor) -> tuple[float, Tensor]:
         """KL of one batch in nats a token, and its gradient at the last block's output; few windows at a time."""
@@ -198,6 +213,11 @@ class Distillation:
             yield
         finally:
             self.head.weight = own
+
+
+def _keep(variables: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for variable, gradient in zip(variables, gradients, strict=False):
+        variable.grad = torch.zeros_like(variable) if gradient is None else gradient
 
 
 def output_head(skeleton: ModelSkeleton) -> tuple[str, nn.Linear]:

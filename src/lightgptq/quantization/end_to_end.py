@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightgptq.errors import UnsupportedModelError, UsageError
 from lightgptq.quantization.blocks import DecoderBlock
@@ -24,7 +24,7 @@ from lightgptq.skeleton import ModelSkeleton
 # Above this many weights neither the optimizer's state of all codes nor the model that samples is taken to fit.
 SMALL_MODEL = 1 << 30
 STEP_TOKENS = 2048
-SAMPLED_SHARE = 3  # windows to sample for each of the calibration text
+SAMPLED_SHARE = 2  # windows to sample for each of the calibration text
 SAMPLED_FILE = "sampled.pt"
 
 
@@ -87,6 +87,7 @@ class EndToEnd:
             self.options,
             head=self._quantized_head(stored),
             resident=resident,
+            whole=resident and self._graph_bytes([module for _, module in linears]) <= room,
         )
         training.run(progress)
         for name, result in student.results():
@@ -114,6 +115,13 @@ class EndToEnd:
             self.skeleton.release(block.module)
             self.folder.forget_before(block.index)
         return teacher
+
+    def _graph_bytes(self, linears: list[nn.Linear]) -> int:
+        """At most what a step keeps for its way back: four tensors for each weight and for each end of a linear."""
+        ends = sum(module.in_features + module.out_features for module in linears)
+        weights = sum(module.weight.numel() for module in linears)
+        tokens = max(STEP_TOKENS, self.windows.seq_len)
+        return 16 * weights + 16 * tokens * ends
 
     def _quantized_head(self, stored: StoredWeights) -> Tensor | None:
         name, _ = output_head(self.skeleton)
