@@ -178,6 +178,21 @@ def test_a_model_is_freed_at_once():
 
 
 @torch.no_grad()
+def test_weights_that_were_replaced_are_freed():
+    model = Attention()
+    model(torch.randn(1, INPUTS)), model(torch.randn(1, INPUTS))
+    old = [weakref.ref(layer._prepared.tensors[0]) for layer in (model.q, model.k, model.v)]
+    model.load_state_dict(Attention(act_order=True).state_dict())
+    assert [tensor() for tensor in old] == [None, None, None]
+    model(torch.randn(1, INPUTS)), model(torch.randn(1, INPUTS))
+    last = weakref.ref(model.v._prepared.tensors[0])
+    model.v = nn.Linear(INPUTS, 48)
+    x = torch.randn(1, INPUTS)
+    assert torch.equal(model(x)[0][1], _alone(model.k, x))
+    assert last() is None
+
+
+@torch.no_grad()
 def test_compiled_after_sharing_gives_the_same():
     model = Attention()
     for _ in range(2):

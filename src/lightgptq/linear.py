@@ -180,7 +180,11 @@ class QuantLinear(nn.Module):
             return
         for name, tensor in self.packed().tensors().items():
             setattr(self, name, tensor.to(device))
-        self._prepared = None
+        self._forget_prepared()
+
+    def _forget_prepared(self) -> None:
+        """Also by the siblings, whose shared call would keep the old weight in memory."""
+        self._prepared = self.place = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -194,4 +198,4 @@ class QuantLinear(nn.Module):
                 setattr(self, name, tensor)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.qweight is not None:
-            self._prepared = None
+            self._forget_prepared()

@@ -104,6 +104,7 @@ class Siblings:
         modes = set()
         for linear in linears:
             if linear is None:
+                self._shared, self._shared_for = None, []
                 return None
             weight, bias = linear.operands()
             now += (weight, bias, None if bias is None else bias.data_ptr())
