@@ -1,6 +1,7 @@
 """Linears that read the same tensor: one call for all, the same bits, and never a wrong product."""
 
 import copy
+import ctypes
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from torch import nn
 from lightgptq import native, sharing
 from lightgptq.errors import UsageError
 from lightgptq.linear import QuantLinear
+from lightgptq.ops.cpu import SharedProduct
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built here")
 
@@ -190,6 +192,37 @@ def test_weights_that_were_replaced_are_freed():
     x = torch.randn(1, INPUTS)
     assert torch.equal(model(x)[0][1], _alone(model.k, x))
     assert last() is None
+
+
+def test_the_library_refuses_what_does_not_fit():
+    layers = [linear(40), linear(130)]
+    q = random_quantized(40, 64, 4, 32, sym=True, act_order=False)
+    layers.append(QuantLinear.from_quantized(q))
+    for layer in layers:
+        layer.prepare()
+    weights = [layer._prepared for layer in layers]
+    call = SharedProduct(weights, [None] * 3)
+    x = torch.randn(1, INPUTS)
+    start, ys = x.data_ptr(), [torch.full((1, 130), 7.0) for _ in weights]
+    pointers = (ctypes.c_void_p * 3)(*[y.data_ptr() for y in ys])
+
+    def status(
+        count=2, factors=call._factors, rows=1, data=start, stride=INPUTS, to=pointers, dtype=0, mode=0
+    ):
+        return call._function(count, factors, rows, data, stride, to, dtype, mode)
+
+    null, bad_size, bad_dtype, bad_mode = 1, 2, 4, 5
+    assert status(factors=None) == status(data=None) == status(to=None) == null
+    assert status(to=(ctypes.c_void_p * 3)(ys[0].data_ptr(), None, None)) == null
+    assert (
+        status(count=0) == status(count=17) == status(count=3) == bad_size
+    )  # the third weight has other inputs
+    assert status(rows=-1) == status(stride=INPUTS - 1) == bad_size
+    assert status(dtype=3) == bad_dtype
+    assert status(mode=2) == bad_mode
+    assert all((y == 7).all() for y in ys), "outputs stay as they were"
+    assert status() == 0
+    assert torch.equal(ys[1], layers[1](x))
 
 
 @torch.no_grad()
