@@ -30,7 +30,7 @@ def measure(
     repeats: int,
     library: native.NativeLibrary,
 ) -> dict[str, Any]:
-    """One line for one weight; the packed bytes are compared with those of ``ops.prepare`` first."""
+    """One line for one weight; the weight is compared with that of ``ops.prepare`` first."""
     in_features, out_features = shape
     packed = pack(problem(out_features, in_features, bits, True, act_order), "gptq_v2")
     weight = ops.prepare(packed, bits, "gptq_v2").tensors[0]
@@ -48,7 +48,9 @@ def measure(
         library.check(status, "packing")
         return target
 
-    if not torch.equal(run((packed.qweight, targets[0])), weight):
+    target = run((packed.qweight, targets[0]))
+    sizes = (in_features, out_features, torch.float32)
+    if not torch.equal(cpu.dequantize(target, *sizes), cpu.dequantize(weight, *sizes)):
         raise SystemExit("two ways of packing differ")
     count = min(len(sources), len(targets))
     rotation = Rotation(list(zip(sources[:count], targets[:count], strict=True)), run)

@@ -164,14 +164,14 @@ def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
             "torch_matmul_gflops": quantiles(probe),
             "fraction_of_matmul": ratios(rate, probe),
         }
-        if how.loop:
-            # Once, with a sweep right after it: the loop takes minutes at the larger shapes.
+        for name, block in {"eager": in_features, "blocked": 128}.items() if how.loop else ():
+            # Once, with a sweep right after it: a loop takes minutes at the larger shapes.
             started = how.clock()
-            sweep_torch(W, U, grid, g_idx, 15)
+            sweep_torch(W, U, grid, g_idx, 15, block)
             middle = how.clock()
             sweep_cpu(library, W, U, grid, g_idx, 15)
-            line["torch_loop_seconds"] = round(middle - started, 2)
-            line["times_faster_than_loop"] = round((middle - started) / (how.clock() - middle), 1)
+            line[f"{name}_loop_seconds"] = round(middle - started, 2)
+            line[f"times_faster_than_{name}_loop"] = round((middle - started) / (how.clock() - middle), 1)
         yield line
 
 
@@ -292,7 +292,7 @@ def bench_layer(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
         "default": QuantScheme(),
     }
     for out_features, in_features in how.shapes:
-        W = sweep_problem(out_features, in_features)[0]
+        W, U, grid, g_idx = sweep_problem(out_features, in_features)
         X = torch.randn(TOKENS, in_features, generator=torch.Generator().manual_seed(0))
         accumulator = HessianAccumulator(in_features)
         accumulator.add(X)
@@ -300,6 +300,7 @@ def bench_layer(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
         runs: dict[str, Callable[[], Any]] = {"hessian": lambda: accumulator.add(X)}  # noqa: B023
         for name, scheme in schemes.items():
             runs[name] = lambda scheme=scheme: gptq(W, HessianFactor.build(H, scheme), scheme)  # noqa: B023
+        runs["sweep"] = lambda: sweep_cpu(library, W, U, grid, g_idx, 15)  # noqa: B023
         runs["matmul"] = lambda: W[:PROBE_ROWS] @ H  # noqa: B023
         seconds = how.interleave(runs)
         line: dict[str, Any] = {
@@ -315,12 +316,12 @@ def bench_layer(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
             line["gptqmodel_seconds"] = peer = gptqmodel_seconds(how.gptqmodel, out_features, in_features)
             line["times_faster_than_gptqmodel"] = {
                 name: round(peer["solve"] / line["seconds"][name]["p50"], 1) for name in schemes
-            }
+            } | {"sweep": round(peer["sweep"] / line["seconds"]["sweep"]["p50"], 1)}
         yield line
 
 
 def gptqmodel_seconds(python: Path, out_features: int, in_features: int) -> dict[str, float]:
-    """GPTQModel's Hessian, and its inverse and sweep together, once, in a process of its own."""
+    """GPTQModel's Hessian, factor and sweep, once, in a process of its own."""
     child = Path(__file__).with_name("peer_gptqmodel.py")
     sizes = [str(n) for n in (out_features, in_features, TOKENS, torch.get_num_threads())]
     result = subprocess.run([str(python), str(child), *sizes], check=True, capture_output=True, text=True)

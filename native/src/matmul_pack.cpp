@@ -330,8 +330,9 @@ int32_t lgq_pack(int64_t in_features, int64_t out_features, int64_t groups, int3
   std::free(source);
 
   h.zero = zeros[0];
-  h.symmetric = 1;
-  for (int64_t i = 0; i < h.blocks * groups * kBlock; ++i) h.symmetric &= zeros[i] == h.zero;
+  uint8_t different = 0;
+  for (int64_t i = 0; i < h.blocks * groups * kBlock; ++i) different |= static_cast<uint8_t>(zeros[i] ^ zeros[0]);
+  h.symmetric = different == 0;
   std::memcpy(packed, &h, sizeof h);
   return LGQ_OK;
 }

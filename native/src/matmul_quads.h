@@ -20,6 +20,7 @@ constexpr int digits_of(int T) { return has_digits(T) ? T - 10 : 1; }
 
 typedef float quad_floats __attribute__((vector_size(16)));
 typedef int32_t quad_numbers __attribute__((vector_size(16)));
+typedef uint32_t quad_words __attribute__((vector_size(16)));
 typedef uint8_t quad_bytes16 __attribute__((vector_size(16)));
 
 struct QuadKernel {
@@ -59,13 +60,14 @@ inline float round_to_digits(const float *f, int n, QuadOutput out) {
   const int biased = !finite ? 254 : static_cast<int>(most >> 23) < 127 - 90 ? 127 - 90 : static_cast<int>(most >> 23);
   const float inverse = bits_to_float(static_cast<uint32_t>(254 + places - biased) << 23);
   // Adding 128 to each byte makes the bytes below carry into those above as signed digits want it.
-  constexpr int32_t bias = D == 3 ? 0x00808080 : static_cast<int32_t>(0x80808080u);
+  constexpr uint32_t bias = D == 3 ? 0x00808080u : 0x80808080u;
   for (int k = 0; k < n; k += 4) {
     quad_floats value;
     std::memcpy(&value, f + k, sizeof value);
     value *= inverse;
     value += value < 0.0f ? quad_floats{} - 0.5f : quad_floats{} + 0.5f;
-    const auto bytes = (quad_bytes16)((__builtin_convertvector(value, quad_numbers) + bias) ^ bias);
+    const auto number = (quad_words)__builtin_convertvector(value, quad_numbers);
+    const auto bytes = (quad_bytes16)((number + bias) ^ bias);
     const quad_bytes16 words = D == 3 ? __builtin_shufflevector(bytes, bytes, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15)
                                       : __builtin_shufflevector(bytes, bytes, 3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12);
     uint32_t word[4];
