@@ -38,13 +38,25 @@ struct Layer {
     return value;
   }
 
+  uint32_t zero(int64_t o, int64_t i) const {
+    const int64_t zero_words = (out * bits + 31) / 32;
+    return (code(qzeros.data() + g_idx[i] * zero_words, 1, o) + 1) & ((1u << bits) - 1);
+  }
+
   double weight(int64_t o, int64_t i) const {
-    const int64_t g = g_idx[i], zero_words = (out * bits + 31) / 32;
-    const uint16_t half = scales[g * out + o];  // 2^-6 (1 + m / 1024)
+    const uint16_t half = scales[g_idx[i] * out + o];  // 2^-6 (1 + m / 1024)
     const double scale = std::ldexp(1.0 + (half & 1023) / 1024.0, -6) * (half >> 15 ? -1 : 1);
-    const uint32_t mask = (1u << bits) - 1;
-    const uint32_t zero = (code(qzeros.data() + g * zero_words, 1, o) + 1) & mask;
-    return scale * (static_cast<double>(code(qweight.data() + o, out, i)) - zero);
+    return scale * (static_cast<double>(code(qweight.data() + o, out, i)) - zero(o, i));
+  }
+
+  // Makes the weights of one input 0.
+  void silence(int64_t i) {
+    for (int64_t o = 0; o < out; ++o)
+      for (int b = 0; b < bits; ++b) {
+        int32_t &word = qweight[(i * bits + b) / 32 * out + o];
+        const uint32_t bit = 1u << ((i * bits + b) % 32), set = zero(o, i) >> b & 1;
+        word = static_cast<int32_t>((static_cast<uint32_t>(word) & ~bit) | (set ? bit : 0));
+      }
   }
 
   // What int8 arithmetic makes of one row: 8 bits for every run of at most 128 inputs of a group.
@@ -166,6 +178,39 @@ void check_layer(const Layer &layer) {
     }
 }
 
+// An input 1000 times as large as the others, whose own weights are 0: fixed point is off by 2^-22 of it for each of the
+// others at most (matmul_quads.h), and what the grid's zero adds to all codes by a float32 rounding of it.
+void check_outlier(int32_t bits) {
+  Layer layer(172, 41, bits, 64, false);
+  layer.silence(7);
+  const Packed packed(layer);
+  Random random(3);
+  for (const int32_t dtype : {LGQ_F32, LGQ_BF16, LGQ_F16}) {
+    Buffer given(dtype, layer.in), y(dtype, layer.out);
+    std::vector<double> x(static_cast<size_t>(layer.in));
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = i == 7 ? 1000 : static_cast<double>(random.below(255) - 127) / 128;
+      given.set(static_cast<int64_t>(i), x[i]);
+    }
+    CHECK(lgq_matmul(packed.memory.get(), packed.bytes, 1, given.data(), layer.in, nullptr, LGQ_F32, y.data(), layer.out,
+                     dtype, LGQ_EXACT) == LGQ_OK);
+    for (int64_t o = 0; o < layer.out; ++o) {
+      double sum = 0, magnitude = 0, weights = 0;
+      for (int64_t i = 0; i < layer.in; ++i) {
+        const double w = layer.weight(o, i);
+        sum += x[i] * w;
+        magnitude += std::fabs(x[i] * w);
+        weights += i / 64 == 0 ? std::fabs(w) : 0;
+      }
+      const double step = std::ldexp(1.0 + 1.0, -6);  // the largest scale
+      const double bound = std::ldexp(1000 * weights + 300 * magnitude, -22) +
+                           std::ldexp(1000.0 * (1 << bits) * 2 * step, -23) +
+                           std::ldexp(std::fabs(sum), -1 - y.fraction_bits()) + std::ldexp(1.0, -25);
+      CHECK(std::fabs(y.get(o) - sum) <= bound);
+    }
+  }
+}
+
 // What is no number in x is none in y, and other rows do not notice.
 void check_not_finite(const Layer &layer) {
   const Packed packed(layer);
@@ -205,6 +250,7 @@ void test_matmul() {
     check_layer(Layer(1, 1, bits, 32, false));
     check_layer(Layer(300, 5, bits, 300, false));
   }
+  for (const int32_t bits : {2, 3, 4, 8}) check_outlier(bits);
   check_not_finite(Layer(172, 41, 4, 64, false));
   check_not_finite(Layer(60, 20, 8, 64, false));
   check_refusals();
