@@ -17,9 +17,10 @@ from lightgptq.ops import cpu
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built here")
 
 # Relative to sum |x||w| of an output. exact: float32 sums of at most 300 products; AVX-512 adds the constant of
-# its mantissa trick, at most 25 times an 8-bit weight of half range 8, to what is summed, and
-# splits float32 into 24 bits. int8: half a step of 1/127 of the largest activation of a segment, which is about
-# 4 sigma: 1.2e-3 of the sum at 96 inputs as a standard deviation; 8 of those are allowed.
+# its mantissa trick, at most 25 times an 8-bit weight of half range 8, to what is summed, and splits float32 into
+# 24 bits; a single row (NEON: any) is fixed point, off by at most 2^-22 of the largest |x|, here 5 times the mean.
+# int8: half a step of 1/127 of the largest activation of a segment, which is about 4 sigma: 1.2e-3 of the sum at
+# 96 inputs as a standard deviation; 8 of those are allowed.
 EXACT = 300 * 2.0**-24
 INT8 = 0.01
 OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
