@@ -21,7 +21,6 @@ import lightgptq
 from bench.record import append
 from lightgptq.checkpoint.conversion import import_compressed_tensors
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.core.presets import distill_steps, preset_fields
 
 MODEL = Path(__file__).parents[1] / "examples" / "pep-llama-6m"
 
@@ -73,17 +72,14 @@ def main() -> None:
 
 
 def _quantize(out: Path, preset: str, options: argparse.Namespace) -> float:
-    scheme = lightgptq.QuantScheme(
-        bits=options.bits, group_size=options.group_size, sym=not options.asym
-    ).with_overrides(preset_fields(preset, options.bits))
+    chosen = lightgptq.preset(preset, bits=options.bits, group_size=options.group_size, sym=not options.asym)
     report = lightgptq.quantize(
         MODEL,
         out,
-        scheme,
         samples=128,
         seq_len=256,
         seed=options.seed,
-        distill=distill_steps(preset, options.bits),
+        **chosen,
     )
     return report.seconds
 

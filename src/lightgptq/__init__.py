@@ -7,6 +7,7 @@
 
 from lightgptq.checkpoint.conversion import export_compressed_tensors, import_compressed_tensors
 from lightgptq.checkpoint.gguf import export_gguf
+from lightgptq.core.presets import preset
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import LightGPTQError
 from lightgptq.evaluation.comparison import Comparison, compare
@@ -37,6 +38,7 @@ __all__ = [
     "import_compressed_tensors",
     "load",
     "model_card",
+    "preset",
     "push_to_hub",
     "quantize",
     "register",

@@ -18,8 +18,7 @@ from rich.progress import (
 )
 
 from lightgptq.cli.output import show_json
-from lightgptq.core.presets import distill_steps, preset_fields
-from lightgptq.core.scheme import QuantScheme
+from lightgptq.core import presets
 from lightgptq.quantization.budget import parse_bytes
 from lightgptq.quantization.job import quantize
 from lightgptq.quantization.progress import Listener, silent
@@ -138,18 +137,23 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Quantize SRC and write a GPTQ checkpoint to OUT. A killed run goes on when started again."""
-    scheme = QuantScheme(bits=bits, group_size=group_size, sym=sym, method=method.value, damp=damp)
-    scheme = scheme.with_overrides(
-        preset_fields(preset.value, bits) | {"act_order": act_order, "static_groups": static_groups}
+    chosen = presets.preset(
+        preset.value,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        method=method.value,
+        damp=damp,
+        act_order=act_order,
+        static_groups=static_groups,
+        **({} if tune is None else {"tune": tune}),
     )
-    if tune is not None:
-        scheme = scheme.with_overrides({"tune": tune})
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:
         report = quantize(
             src,
             out,
-            scheme,
+            chosen["scheme"],
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -162,7 +166,7 @@ def command(
             device=device,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
             moe_all_experts=moe_all_experts,
-            distill=distill_steps(preset.value, bits) if distill is None else distill,
+            distill=chosen["distill"] if distill is None else distill,
             strict=strict,
             restart=restart,
             revision=revision,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
 
 PRESETS = ("fast", "balanced", "best")
@@ -33,6 +34,18 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
         return fields | {"mismatch": 0.0, "refine": 0, "tune": 0}
     tune = TUNE_STEPS if name == "best" and bits <= 3 else 0
     return fields | {"mismatch": 1.0, "refine": 2 if bits <= 2 else 1, "tune": tune}
+
+
+def preset(name: str, **fields: Any) -> dict[str, Any]:
+    """The arguments ``scheme`` and ``distill`` of `quantize` for a preset.
+
+    fields  of ``QuantScheme``; those that are given here win over the preset's
+
+    ``quantize(src, out, **preset("best", bits=2, group_size=32))``. Raises UsageError for another name or field.
+    """
+    scheme = QuantScheme().with_overrides({"bits": fields.get("bits", QuantScheme.bits)})
+    scheme = scheme.with_overrides(preset_fields(name, scheme.bits)).with_overrides(fields)
+    return {"scheme": scheme, "distill": distill_steps(name, scheme.bits)}
 
 
 def distill_steps(name: str, bits: int) -> int:
