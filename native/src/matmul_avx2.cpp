@@ -50,11 +50,6 @@ constexpr int halves_at_once() {
   return MR == 1 ? 8 : 2;
 }
 
-template <int D>
-constexpr int halves_of_digits() {
-  return 2;
-}
-
 // Keeps a sum in its register and in its order: the compiler would otherwise make all products of a unit first, and
 // write them to memory until it adds them up as a tree (one row, 2 bits: 4.1 instead of 2.2 cycles for 32 codes).
 LGQ_INLINE void keep(__m256i &sum) { asm("" : "+x"(sum)); }
@@ -225,43 +220,45 @@ LGQ_INLINE void unit_digits(const uint8_t *codes, const int32_t *x, __m256i (&su
   (quad_digits<BITS, D, NH, Q>(codes, x, sum), ...);
 }
 
+// Sums of 16 bits hold one unit (8 quads of at most 2 * 15 * 128); they are widened into `acc` after each, so that codes are
+// read in the order of memory.
 template <int BITS, int D>
-LGQ_INLINE void tile_digits(const TileArgs &a, int h0) {
-  constexpr int NH = halves_of_digits<D>();
-  // Units whose products of at most 2 * max_code * 128 a quad fit into sums of 16 bits.
-  constexpr int kUnits = BITS == 4 ? 1 : BITS == 3 ? 2 : kSegment / kUnit;
-  __m256i acc[NH][D], sum[NH][D];
+LGQ_INLINE void tile_digits(const TileArgs &a) {
+  constexpr int kHalves = 2 * kVectorsPerBlock, NH = 2;
+  __m256i acc[kHalves][D];
 #pragma GCC unroll 8
-  for (int n = 0; n < NH; ++n)
+  for (int n = 0; n < kHalves; ++n)
 #pragma GCC unroll 4
-    for (int d = 0; d < D; ++d) acc[n][d] = sum[n][d] = _mm256_setzero_si256();
-  const uint8_t *codes = a.codes + h0 * 32;
+    for (int d = 0; d < D; ++d) acc[n][d] = _mm256_setzero_si256();
+  const uint8_t *codes = a.codes;
   const int32_t *x = reinterpret_cast<const int32_t *>(a.x);
-  for (int u = 0; u < a.units;) {
-    for (int stop = u + kUnits; u < stop && u < a.units; ++u) {
-      unit_digits<BITS>(codes, x, sum, std::make_integer_sequence<int, kQuads>());
-      codes += kRunBytes * BITS;
-      x += kQuads * D;
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < NH; ++n)
+  for (int u = 0; u < a.units; ++u) {
+    for (int h0 = 0; h0 < kHalves; h0 += NH) {
+      __m256i sum[NH][D];
+#pragma GCC unroll 2
+      for (int n = 0; n < NH; ++n)
 #pragma GCC unroll 4
-      for (int d = 0; d < D; ++d) {
-        acc[n][d] = _mm256_add_epi32(acc[n][d], _mm256_madd_epi16(sum[n][d], _mm256_set1_epi16(1)));
-        sum[n][d] = _mm256_setzero_si256();
-      }
+        for (int d = 0; d < D; ++d) sum[n][d] = _mm256_setzero_si256();
+      unit_digits<BITS>(codes + h0 * 32, x, sum, std::make_integer_sequence<int, kQuads>());
+#pragma GCC unroll 2
+      for (int n = 0; n < NH; ++n)
+#pragma GCC unroll 4
+        for (int d = 0; d < D; ++d)
+          acc[h0 + n][d] = _mm256_add_epi32(acc[h0 + n][d], _mm256_madd_epi16(sum[n][d], _mm256_set1_epi16(1)));
+    }
+    codes += kRunBytes * BITS;
+    x += kQuads * D;
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < NH; ++n) {
+  for (int n = 0; n < kHalves; ++n) {
     __m256 digits = _mm256_cvtepi32_ps(acc[n][0]);
 #pragma GCC unroll 3
     for (int d = 1; d < D; ++d)
       digits = _mm256_fmadd_ps(digits, _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(acc[n][d]));
     __m256 start = _mm256_broadcast_ss(a.init);
-    if (!a.grid->symmetric) start = _mm256_mul_ps(start, _mm256_load_ps(a.grid->zero + (h0 + n) * 8));
+    if (!a.grid->symmetric) start = _mm256_mul_ps(start, _mm256_load_ps(a.grid->zero + n * 8));
     const __m256 sums = _mm256_fmadd_ps(digits, _mm256_broadcast_ss(a.scale), start);
-    const __m256 scale = _mm256_load_ps(a.grid->scale + (h0 + n) * 8);
-    float *total = a.totals + (h0 + n) * 8;
+    const __m256 scale = _mm256_load_ps(a.grid->scale + n * 8);
+    float *total = a.totals + n * 8;
     _mm256_store_ps(total, _mm256_fmadd_ps(sums, scale, _mm256_load_ps(total)));
   }
 }
@@ -286,14 +283,16 @@ struct Avx2 : QuadKernel {
 
   template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
-    constexpr int NH = has_digits(T) ? halves_of_digits<digits_of(T)>() : halves_at_once<MR>();
+    constexpr int NH = halves_at_once<MR>();
+    if constexpr (has_digits(T)) {
+      if constexpr (MR == 1 && BITS < 8) tile_digits<BITS, digits_of(T)>(a);  // form() asks for no other
+      return;
+    }
     for (int h0 = 0; h0 < 2 * kVectorsPerBlock; h0 += NH) {
       if constexpr (T == kInt8)
         tile_int8<BITS, MR, NH>(a, h0);
       else if constexpr (T == kFloat)
         tile_exact<BITS, MR, NH>(a, h0);
-      else if constexpr (MR == 1 && BITS < 8)  // form() asks for no other
-        tile_digits<BITS, digits_of(T)>(a, h0);
     }
   }
 };
