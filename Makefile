@@ -35,6 +35,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench.bench_cpu_matmul
 	$(BIN)/python -m bench.bench_solver
+	$(BIN)/python -m bench.bench_repack
 	$(BIN)/python -m bench.bench_generate
 	$(BIN)/python -m bench.bench_streaming
 
