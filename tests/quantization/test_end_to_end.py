@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.checkpoint.writer import ShardWriter
 from lightgptq.core.rtn import rtn
-from lightgptq.errors import UnsupportedModelError
+from lightgptq.errors import ResumeError, UnsupportedModelError
 from lightgptq.quantization import end_to_end, job
 from lightgptq.quantization.blocks import find_blocks
 from lightgptq.quantization.calibration import CalibrationSet
@@ -127,6 +128,16 @@ def test_a_training_that_stopped_goes_on_and_ends_with_the_same_bytes(
     )
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert seen[0] == ((1, 6) if stage == "tune" else (5, 6)), "finished steps are not taken again"
+
+
+def test_another_number_of_steps_is_another_job(
+    model_folder: Callable[..., Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    for steps, refusal in ((2, None), (3, "--distill was 2 and is now 3")):
+        with nullcontext() if refusal is None else pytest.raises(ResumeError, match=refusal):
+            lightgptq.quantize(
+                model_folder("llama"), tmp_path / "out", SCHEME, calibration=windows, distill=steps
+            )
 
 
 @pytest.mark.parametrize("codes", [False, True])
