@@ -1,22 +1,27 @@
 """Where the time of a run on a CPU goes, for the first blocks of a Llama-3.2-1B-shaped random model.
 
     python -m bench.bench_quantize [--blocks 4] [--samples 128] [--seq-len 512] [--tiny] [--no-append]
+        [--gptqmodel PYTHON]
 
 Prints each stage's seconds per block, its share, and how near it came to its own limit: the time that its operations
-or bytes take at the rates that torch's products, copies and the disk reach in the same run.
+or bytes take at the rates that torch's products, copies and the disk reach in the same run. PYTHON is an interpreter
+whose environment has GPTQModel, which then quantizes the same model with the same tokens and its own defaults.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lightgptq
 from bench.random_llama import write_random_llama
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="hidden size 256, to see that it works")
     parser.add_argument("--work", type=Path, default=None, help="folder for model and result")
     parser.add_argument("--no-append", action="store_true")
+    parser.add_argument("--gptqmodel", metavar="PYTHON", help="to run GPTQModel beside it")
     options = parser.parse_args()
     sizes, vocabulary = (TINY, 512) if options.tiny else (SIZES, 128_256)
     shape = BlockShape.llama("llama-3.2-1b" if not options.tiny else "tiny", options.blocks, **sizes)
@@ -77,6 +83,24 @@ def main() -> None:
         append("quantize", figures)
 
 
+def gptqmodel(python: str, source: Path, work: Path, windows: Tensor, bits: int) -> dict[str, Any]:
+    """Its version and the seconds of loading, quantizing and saving, in a process of its own."""
+    file, out = work / "windows.json", work / "out-gptqmodel"
+    file.write_text(json.dumps(windows.tolist()))
+    threads, script = str(torch.get_num_threads()), Path(__file__).with_name("peer_gptqmodel_run.py")
+    finished = subprocess.run(
+        [python, *map(str, (script, source, out, file, bits, threads))],
+        env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": threads},
+        cwd="/",  # this folder's parent holds packages of its own
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answer: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    answer["seconds"] = {name: round(value, 2) for name, value in answer["seconds"].items()}
+    return answer
+
+
 def run(
     shape: BlockShape, sizes: dict[str, int], vocabulary: int, work: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -86,12 +110,13 @@ def run(
         write_random_llama(source, layers=shape.layers, vocabulary=vocabulary, **sizes)
     rates = Rates.measure(torch.device("cpu"), torch.bfloat16, work, 256 if options.tiny else 2048)
     clock = BlockClock()
+    calibration = random_windows(options.samples, options.seq_len, min(vocabulary, 500))
     with measured() as times:
         report = lightgptq.quantize(
             source,
             out,
             QuantScheme(bits=options.bits),
-            calibration=random_windows(options.samples, options.seq_len, min(vocabulary, 500)),
+            calibration=calibration,
             dtype=options.dtype,
             listener=clock,
             restart=True,
@@ -100,6 +125,14 @@ def run(
     rows = breakdown(times.seconds, floors, shape.layers)
     wall = clock.seconds_per_block()
     print_breakdown(f"{shape.name}, {options.samples} x {options.seq_len} tokens", rows, wall)
+    print(f"whole run: {report.seconds:.1f} s", flush=True)
+    peers = {}
+    if options.gptqmodel:
+        peers["gptqmodel"] = gptqmodel(options.gptqmodel, source, work, calibration.input_ids, options.bits)
+        theirs = peers["gptqmodel"]["seconds"]
+        print(
+            f"GPTQModel: {theirs}, quantizing {theirs['quantize'] / report.seconds:.2f} times our whole run"
+        )
     return {
         "benchmark": "quantize",
         "shape": shape.name,
@@ -110,6 +143,7 @@ def run(
         "seconds_per_block": round(wall, 3),
         "stages": rows,
         "rates": {name: float(f"{rate:.4g}") for name, rate in rates.per_second.items()},
+        "peers": peers,
     }
 
 
