@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 1
+#define LGQ_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -126,6 +126,11 @@ LGQ_API int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int6
  * Elements below the diagonal are left in an unspecified state. */
 LGQ_API int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t tokens, int64_t cols,
                              int32_t dtype);
+
+/* M += left^T X, accumulated in float: m float (cols, ldm), left (tokens, ldl) and x (tokens, ldx) both LGQ_F32 or both
+ * LGQ_BF16. */
+LGQ_API int32_t lgq_add_product(float *m, int64_t ldm, const void *left, int64_t ldl, const void *x, int64_t ldx,
+                                int64_t tokens, int64_t cols, int32_t dtype);
 
 /* OBQ (arXiv 2208.11580, section 5): every row greedily, the cheapest weight first, outliers before all others.
  * w float (rows, cols), hinv double (cols, cols) symmetric, grid as above, codes uint8 (rows, cols),

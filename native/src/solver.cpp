@@ -30,6 +30,9 @@ bool size_ok(int64_t n) { return n >= 1 && n <= int64_t{1} << 20; }
 // A leading dimension: at least the columns, and such that no offset overflows.
 bool stride_ok(int64_t ld, int64_t cols) { return ld >= cols && ld <= int64_t{1} << 40; }
 
+// Activations of tokens rows.
+bool rows_ok(int64_t ld, int64_t tokens, int64_t cols) { return ld >= cols && ld <= (int64_t{1} << 60) / tokens; }
+
 lgq_status check_groups(const int32_t *group, int64_t cols, int64_t groups) {
   for (int64_t i = 0; i < cols; ++i)
     if (group[i] < 0 || group[i] >= groups) return LGQ_BAD_GROUP;
@@ -59,10 +62,20 @@ int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t 
   using namespace lgq;
   if (!h || !x) return LGQ_NULL_POINTER;
   if (dtype != LGQ_F32 && dtype != LGQ_BF16) return LGQ_BAD_DTYPE;
-  if (tokens < 1 || tokens > int64_t{1} << 40 || !size_ok(cols) || !stride_ok(ldh, cols) || ldx < cols ||
-      ldx > (int64_t{1} << 60) / tokens)
+  if (tokens < 1 || tokens > int64_t{1} << 40 || !size_ok(cols) || !stride_ok(ldh, cols) || !rows_ok(ldx, tokens, cols))
     return LGQ_BAD_SIZE;
-  return finished(kernels().syrk({x, ldx, tokens, cols, dtype == LGQ_BF16, h, ldh, max_threads()}));
+  return finished(kernels().syrk({x, ldx, x, ldx, true, tokens, cols, dtype == LGQ_BF16, h, ldh, max_threads()}));
+}
+
+int32_t lgq_add_product(float *m, int64_t ldm, const void *left, int64_t ldl, const void *x, int64_t ldx,
+                        int64_t tokens, int64_t cols, int32_t dtype) {
+  using namespace lgq;
+  if (!m || !left || !x) return LGQ_NULL_POINTER;
+  if (dtype != LGQ_F32 && dtype != LGQ_BF16) return LGQ_BAD_DTYPE;
+  if (tokens < 1 || tokens > int64_t{1} << 40 || !size_ok(cols) || !stride_ok(ldm, cols) ||
+      !rows_ok(ldl, tokens, cols) || !rows_ok(ldx, tokens, cols))
+    return LGQ_BAD_SIZE;
+  return finished(kernels().syrk({left, ldl, x, ldx, false, tokens, cols, dtype == LGQ_BF16, m, ldm, max_threads()}));
 }
 
 int32_t lgq_obq(const float *w, const double *hinv, int64_t rows, int64_t cols, const float *scales,

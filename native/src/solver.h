@@ -25,8 +25,11 @@ struct SweepArgs {
 };
 
 struct SyrkArgs {
-  const void *x;          // (tokens, cols), leading dimension ldx, float32 or bfloat16
+  const void *left;       // (tokens, cols), leading dimension ldl, float32 or bfloat16; x itself for X^T X
+  int64_t ldl;
+  const void *x;          // (tokens, cols), leading dimension ldx, the same type
   int64_t ldx;
+  bool triangle;          // only what is on and above the diagonal is wanted
   int64_t tokens, cols;
   bool bf16;
   float *h;              // (cols, cols), leading dimension ldh

@@ -1,5 +1,6 @@
 // H_upper += X^T X, the GPTQ Hessian (arXiv 2210.17323, section 3.1), as a matrix product over the tiles that touch
 // the upper triangle. Tiles on the diagonal also write a little below it; the caller reads only the triangle.
+// M += L^T X, of two matrices, over all tiles.
 #pragma once
 
 #include "parallel.h"
@@ -22,20 +23,26 @@ inline float widen(uint16_t bits) {
   return value;
 }
 
-// X[t0 : t0 + depth, j : j + Width] as (depth, Width) floats, zero past the last column.
+struct Operand {
+  const void *values;  // (tokens, cols), leading dimension ld
+  int64_t ld, cols;
+  bool bf16;
+};
+
+// Rows t0 to t0 + depth of columns j to j + Width as (depth, Width) floats, zero past the last column.
 template <int Width>
-inline void pack_columns(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
+inline void pack_columns(const Operand &a, int64_t t0, int64_t depth, int64_t j, float *out) {
   const int64_t width = min64(Width, a.cols - j);
   if (width < Width) std::memset(out, 0, static_cast<size_t>(depth) * Width * 4);
   for (int64_t k = 0; k < depth; ++k) {
     if (a.bf16) {
-      const uint16_t *row = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
+      const uint16_t *row = static_cast<const uint16_t*>(a.values) + (t0 + k) * a.ld + j;
       if (width == Width)
         for (int i = 0; i < Width; ++i) out[k * Width + i] = widen(row[i]);
       else
         for (int64_t i = 0; i < width; ++i) out[k * Width + i] = widen(row[i]);
     } else {
-      const float *row = static_cast<const float*>(a.x) + (t0 + k) * a.ldx + j;
+      const float *row = static_cast<const float*>(a.values) + (t0 + k) * a.ld + j;
       std::memcpy(out + k * Width, row, static_cast<size_t>(width) * 4);
     }
   }
@@ -44,12 +51,12 @@ inline void pack_columns(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j
 #if defined(__AVX512BF16__)
 // The same for bfloat16 dot products: word (k / 2, i) holds tokens k and k + 1 of column i; depth is padded to even.
 template <int Width>
-inline void pack_pairs(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, uint32_t *out) {
+inline void pack_pairs(const Operand &a, int64_t t0, int64_t depth, int64_t j, uint32_t *out) {
   const int64_t width = min64(Width, a.cols - j);
   if (width < Width) std::memset(out, 0, static_cast<size_t>(ceil_div(depth, 2)) * Width * 4);
   for (int64_t k = 0; k < depth; k += 2, out += Width) {
-    const uint16_t *even = static_cast<const uint16_t*>(a.x) + (t0 + k) * a.ldx + j;
-    const uint16_t *odd = even + a.ldx;
+    const uint16_t *even = static_cast<const uint16_t*>(a.values) + (t0 + k) * a.ld + j;
+    const uint16_t *odd = even + a.ld;
     if (k + 1 == depth)
       for (int64_t i = 0; i < width; ++i) out[i] = even[i];
     else if (width == Width)
@@ -91,7 +98,7 @@ inline void add_tile(const SyrkArgs &a, int64_t i, int64_t j, const vec (&acc)[N
 struct FloatProduct {
   static int64_t words(int64_t depth) { return depth; }
   template <int Width>
-  static void pack(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
+  static void pack(const Operand &a, int64_t t0, int64_t depth, int64_t j, float *out) {
     pack_columns<Width>(a, t0, depth, j, out);
   }
   static void multiply(const float *a, const float *b, int64_t depth, vec (&acc)[NR][2]) {
@@ -103,7 +110,7 @@ struct FloatProduct {
 struct PairProduct {
   static int64_t words(int64_t depth) { return ceil_div(depth, 2); }
   template <int Width>
-  static void pack(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t j, float *out) {
+  static void pack(const Operand &a, int64_t t0, int64_t depth, int64_t j, float *out) {
     pack_pairs<Width>(a, t0, depth, j, reinterpret_cast<uint32_t*>(out));
   }
   static void multiply(const float *a, const float *b, int64_t depth, vec (&acc)[NR][2]) {
@@ -116,10 +123,11 @@ struct PairProduct {
 template <class Product>
 void syrk_block(const SyrkArgs &a, int64_t t0, int64_t depth, int64_t i0, const float *panels, float *slivers) {
   const int64_t words = Product::words(depth), end = min64(i0 + NB, a.cols);
+  const Operand left{a.left, a.ldl, a.cols, a.bf16};
   for (int64_t i = i0; i < end; i += NR)
-    Product::template pack<NR>(a, t0, depth, i, slivers + (i - i0) / NR * words * NR);
-  for (int64_t q = i0 / MR; q * MR < a.cols; ++q)
-    for (int64_t i = i0; i < end && i < (q + 1) * MR; i += NR) {
+    Product::template pack<NR>(left, t0, depth, i, slivers + (i - i0) / NR * words * NR);
+  for (int64_t q = a.triangle ? i0 / MR : 0; q * MR < a.cols; ++q)
+    for (int64_t i = i0; i < end && (!a.triangle || i < (q + 1) * MR); i += NR) {
       vec acc[NR][2];
       clear_tile(acc);
       Product::multiply(panels + q * words * MR, slivers + (i - i0) / NR * words * NR, depth, acc);
@@ -131,6 +139,7 @@ template <class Product>
 bool syrk_with(const SyrkArgs &a) {
   const int64_t panels = ceil_div(a.cols, MR), blocks = ceil_div(a.cols, NB);
   const int64_t words = Product::words(min64(kTokens, a.tokens)), threads = min64(a.threads, blocks);
+  const Operand right{a.x, a.ldx, a.cols, a.bf16};
   Scratch packed(panels * words * MR * 4), slivers(threads * words * NB * 4);
   if (!packed.as<float>() || !slivers.as<float>()) return false;
   for (int64_t t0 = 0; t0 < a.tokens; t0 += kTokens) {
@@ -138,7 +147,7 @@ bool syrk_with(const SyrkArgs &a) {
     int64_t next_panel = 0, next_block = 0;
     auto pack = [&](int, int) {
       for (int64_t q = take(&next_panel); q < panels; q = take(&next_panel))
-        Product::template pack<MR>(a, t0, depth, q * MR, packed.as<float>() + q * Product::words(depth) * MR);
+        Product::template pack<MR>(right, t0, depth, q * MR, packed.as<float>() + q * Product::words(depth) * MR);
     };
     auto multiply = [&](int thread, int) {
       float *mine = slivers.as<float>() + thread * words * NB;

@@ -137,6 +137,15 @@ void spoil_solvers() {
   refuse_sizes([&](int64_t v) { return gram(6, v, 4, 6); });
   refuse_sizes([&](int64_t v) { return gram(6, 6, v, 6); });
   refuse_sizes([&](int64_t v) { return gram(6, 6, 4, v); });
+  const auto product = [&](int64_t ldm, int64_t ldl, int64_t ldx, int64_t tokens, int64_t c) {
+    return lgq_add_product(h.data(), ldm, w.data(), ldl, w.data(), ldx, tokens, c, LGQ_F32);
+  };
+  CHECK(product(6, 6, 6, 4, 6) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return product(v, 6, 6, 4, 6); });
+  refuse_sizes([&](int64_t v) { return product(6, v, 6, 4, 6); });
+  refuse_sizes([&](int64_t v) { return product(6, 6, v, 4, 6); });
+  refuse_sizes([&](int64_t v) { return product(6, 6, 6, v, 6); });
+  refuse_sizes([&](int64_t v) { return product(6, 6, 6, 4, v); });
   const auto obq = [&](int64_t r, int64_t c, int64_t g) {
     return lgq_obq(w.data(), inverse.data(), r, c, scales.data(), zeros.data(), g, group.data(), 15, codes.data(),
                    loss.data());

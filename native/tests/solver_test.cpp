@@ -82,6 +82,28 @@ void check_gram(int64_t tokens, int64_t cols, bool bf16) {
     }
 }
 
+void check_product(int64_t tokens, int64_t cols, bool bf16) {
+  Random random(static_cast<uint64_t>(tokens * 5 + cols));
+  const int64_t ld = cols + 3;
+  std::vector<float> x(static_cast<size_t>(tokens * ld)), y(x.size()), m(static_cast<size_t>(cols * cols), 1.0f);
+  std::vector<uint16_t> half_x(x.size()), half_y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    half_x[i] = static_cast<uint16_t>(0x3f80 + random.below(128));  // 1 to 2
+    half_y[i] = static_cast<uint16_t>(0x3f80 + random.below(128));
+    x[i] = 1.0f + static_cast<float>(half_x[i] - 0x3f80) / 128;
+    y[i] = 1.0f + static_cast<float>(half_y[i] - 0x3f80) / 128;
+  }
+  const void *left = bf16 ? static_cast<const void *>(half_y.data()) : y.data();
+  const void *right = bf16 ? static_cast<const void *>(half_x.data()) : x.data();
+  CHECK(lgq_add_product(m.data(), cols, left, ld, right, ld, tokens, cols, bf16 ? LGQ_BF16 : LGQ_F32) == LGQ_OK);
+  for (int64_t i = 0; i < cols; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      double sum = 1;
+      for (int64_t t = 0; t < tokens; ++t) sum += static_cast<double>(y[t * ld + i]) * x[t * ld + j];
+      CHECK(std::fabs(m[i * cols + j] - sum) <= 1e-5 * sum);
+    }
+}
+
 // The loss is that of the codes: (w - q) H (w - q)^T with H = diagonal, where the order does not matter.
 void check_obq(const Problem &p) {
   std::vector<double> inverse(static_cast<size_t>(p.cols * p.cols), 0.0), loss(static_cast<size_t>(p.rows));
@@ -128,6 +150,9 @@ void check_refusals() {
   CHECK(lgq_add_gram(h.data(), 6, p.w.data(), 6, 4, 6, LGQ_F16) == LGQ_BAD_DTYPE);
   CHECK(lgq_add_gram(h.data(), 5, p.w.data(), 6, 4, 6, LGQ_F32) == LGQ_BAD_SIZE);
   CHECK(lgq_add_gram(h.data(), 6, p.w.data(), 6, 0, 6, LGQ_F32) == LGQ_BAD_SIZE);
+  CHECK(lgq_add_product(h.data(), 6, nullptr, 6, p.w.data(), 6, 4, 6, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_add_product(h.data(), 6, p.w.data(), 6, p.w.data(), 6, 4, 6, LGQ_F16) == LGQ_BAD_DTYPE);
+  CHECK(lgq_add_product(h.data(), 6, p.w.data(), 5, p.w.data(), 6, 4, 6, LGQ_F32) == LGQ_BAD_SIZE);
 }
 
 }  // namespace
@@ -143,6 +168,9 @@ void test_solver() {
     }
   for (const int64_t tokens : {1, 7, 513})
     for (const int64_t cols : {1, 5, 33, 200})
-      for (const bool bf16 : {false, true}) check_gram(tokens, cols, bf16);
+      for (const bool bf16 : {false, true}) {
+        check_gram(tokens, cols, bf16);
+        check_product(tokens, cols, bf16);
+      }
   check_refusals();
 }

@@ -15,7 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightgptq import native
 from lightgptq.core.hessian import CHUNK_VALUES, SHORT_DTYPES, HessianFactor
+from lightgptq.core.mismatch_cpu import add_mismatch_cpu
 from lightgptq.errors import QuantizationError
 
 try:
@@ -27,7 +29,8 @@ except ImportError:  # Triton comes with PyTorch's GPU builds for Linux, and is 
 class MismatchAccumulator:
     """Sums ``M = (X_orig - X_quant)^T X_quant`` over calibration tokens, in place and in float32.
 
-    On a GPU bfloat16 and float16 activations go through the matrix unit as they are, see `add_mismatch_triton`.
+    On a GPU bfloat16 and float16 activations go through the matrix unit as they are, see `add_mismatch_triton`; on a
+    CPU bfloat16 through the native library, see `add_mismatch_cpu`.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
@@ -47,8 +50,11 @@ class MismatchAccumulator:
             )
         X_orig, X_quant = (X.detach().reshape(-1, in_features).to(self.M.device) for X in (X_orig, X_quant))
         short = X_orig.dtype == X_quant.dtype and X_quant.dtype in SHORT_DTYPES
+        library = native.load() if self.M.device.type == "cpu" else None
         if self.M.is_cuda and short and add_mismatch_triton is not None:
             add_mismatch_triton(self.M, X_orig, X_quant)
+        elif library is not None and X_orig.dtype == X_quant.dtype == torch.bfloat16:
+            add_mismatch_cpu(library, self.M, X_orig, X_quant)
         else:
             step = max(1, CHUNK_VALUES // in_features)
             for original, quantized in zip(X_orig.split(step), X_quant.split(step), strict=True):
@@ -67,6 +73,10 @@ class MismatchAccumulator:
             raise QuantizationError(
                 "the original's or the quantized model's activations hold NaN or infinity"
             )
+
+    def scale(self, factor: float) -> None:
+        """Make the sum over some tokens an estimate of that over ``factor`` times as many."""
+        self.M.mul_(factor)
 
     def finish(self) -> Tensor:
         """The sum, float32 (in, in). Raises QuantizationError when no token was added."""

@@ -29,6 +29,7 @@ class QuantScheme:
     damp          fraction of the mean diagonal of H added to the diagonal (paper, section 3.3, step 3).
     mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
+    mismatch_every  that difference is measured on every n-th calibration batch, which divides its price by n.
     refine        rounds of scale refitting and block descent after the sweep, each never increasing the loss.
     tune          gradient steps that train codes and scales of the whole decoder block on its output after that
                   (a block takes as many as the most of its linears ask for); takes a second forward, too.
@@ -45,6 +46,7 @@ class QuantScheme:
     damp: float = 0.01
     scale_search: str = "hessian"
     mismatch: float = 0.0
+    mismatch_every: int = 1
     refine: int = 0
     tune: int = 0
 
@@ -61,6 +63,10 @@ class QuantScheme:
             raise UsageError(f"method={self.method!r} is not supported; choose one of {', '.join(METHODS)}")
         if not 0.0 <= self.mismatch <= 1.0:
             raise UsageError(f"mismatch={self.mismatch!r} is not supported; give a share from 0 to 1")
+        if not 1 <= self.mismatch_every <= 1000:
+            raise UsageError(
+                f"mismatch_every={self.mismatch_every!r} is not supported; give a number of batches from 1 to 1000"
+            )
         if not 0 <= self.refine <= 100:
             raise UsageError(
                 f"refine={self.refine!r} is not supported; give a number of rounds from 0 to 100"

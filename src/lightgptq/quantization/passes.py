@@ -108,6 +108,7 @@ class BlockPass:
     solve        quantizes groups and puts the dequantized weights into the block; one group at a time unless
                  ``together`` says otherwise
     original     the untouched copy, when the input mismatch is wanted
+    every        it goes along with every n-th batch
     independent  paths (with the dot) of lists whose items do not see each other's outputs
     hessian_bytes  what the Hessians may take that are gathered together while replaying; one always fits
     together     groups of experts that are solved in batches -> how many at most; all others are solved one by one
@@ -121,11 +122,13 @@ class BlockPass:
         batches: int,
         solve: Callable[[dict[LinearGroup, GroupInputs]], None],
         original: Lane | None = None,
+        every: int = 1,
         independent: Collection[str] = (),
         hessian_bytes: int = 0,
         together: Mapping[LinearGroup, int] | None = None,
     ) -> None:
         self.lane, self.groups, self.batches, self.original = lane, groups, batches, original
+        self.every = every
         self.independent, self.hessian_bytes, self.together = independent, hessian_bytes, together or {}
         self.late: Counter[LinearGroup] = Counter()
         self._solve_groups = solve
@@ -180,7 +183,8 @@ class BlockPass:
             traveller.go_on()
 
     def _pair(self, index: int, *, keep: bool = True) -> tuple[_Traveller, _Traveller | None]:
-        twin = _Traveller(self.original, index, keep=keep) if self.original else None
+        original = self.original if index % self.every == 0 else None
+        twin = _Traveller(original, index, keep=keep) if original else None
         return _Traveller(self.lane, index, keep=keep), twin
 
     def _pause(self) -> None:
@@ -278,6 +282,7 @@ class _Gathered:
         self.group = group
         self._hessian: HessianAccumulator | None = None
         self._mismatch: MismatchAccumulator | None = None
+        self._followed = 0  # tokens of batches that the original went along with
         self._problem: str | None = None
 
     def add(self, x: Tensor, theirs: Tensor | None, tokens: int) -> None:
@@ -292,6 +297,7 @@ class _Gathered:
             with stage("hessian"):
                 self._hessian = self._hessian or HessianAccumulator(x.shape[-1], x.device)
                 self._hessian.add(x)
+                self._followed += x.shape[:-1].numel() if theirs is not None else 0
                 if theirs is not None and theirs.shape == x.shape and x.shape[:-1].numel() >= tokens:
                     self._mismatch = self._mismatch or MismatchAccumulator(x.shape[-1], x.device)
                     self._mismatch.add(theirs, x)
@@ -305,6 +311,7 @@ class _Gathered:
                 self._hessian.check()
                 if self._mismatch is not None:
                     self._mismatch.check()
+                    self._mismatch.scale(self._hessian.tokens / self._followed)
             except QuantizationError as error:
                 self._problem = str(error)
         if self._problem is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.writer import ShardWriter
 from lightgptq.core.hessian import HessianAccumulator
+from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, BlockNeeds
 from lightgptq.quantization.block_tuning import BlockBatches, tune_solved
@@ -221,6 +222,7 @@ class QuantizeRun:
                 batches=len(self.flow.batches),
                 solve=solve,
                 original=original,
+                every=_every(schemes.values()),
                 independent=self._independent(block),
                 hessian_bytes=memory.hessians,
                 together=together,
@@ -346,6 +348,15 @@ class QuantizeRun:
 
     def _tell(self, stage: str, note: str | None = None, part: tuple[int, int] | None = None) -> None:
         self.listener(Progress(self.at, len(self.blocks), stage, note=note, part=part))
+
+
+def _every(schemes: Collection[QuantScheme]) -> int:
+    """Which batches the original goes along with: tuning a block needs its outputs for all."""
+    return (
+        1
+        if any(s.tune for s in schemes)
+        else min((s.mismatch_every for s in schemes if s.mismatch), default=1)
+    )
 
 
 def _ignore(index: int, output: Any) -> None:
