@@ -6,15 +6,9 @@
 // a single row of them is cheaper as four or three digits of a fixed-point number (matmul_quads.h): an integer dot product
 // takes twice as many codes.
 // int8: codes are unsigned bytes, activations signed ones; the accumulator starts at -zero * sum(x).
-#include <immintrin.h>
-
-#include <utility>
-
-#include "matmul_quads.h"
+#include "matmul_avx512_row.h"
 
 namespace {
-
-#define LGQ_INLINE static inline __attribute__((always_inline))
 
 // Constants of the mantissa trick: x * code = D * (x * value - A * x).
 template <int BITS>
@@ -22,33 +16,6 @@ struct Mantissa {
   static constexpr float A = BITS == 8 ? 17.0f : 1.0f;
   static constexpr float D = BITS == 8 ? 16.0f : static_cast<float>(1 << BITS);
 };
-
-template <int SHIFT>
-LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
-  if constexpr (SHIFT > 0)
-    return _mm512_srli_epi32(v, SHIFT);
-  else if constexpr (SHIFT < 0)
-    return _mm512_slli_epi32(v, -SHIFT);
-  else
-    return v;
-}
-
-LGQ_INLINE __m512i run_at(const uint8_t *vector, int run) { return _mm512_load_si512(vector + run * kRunBytes); }
-
-// Quad Q of a unit as unsigned bytes.
-template <int BITS, int Q>
-LGQ_INLINE __m512i quad_bytes(const uint8_t *vector) {
-  if constexpr (BITS == 8) {
-    return run_at(vector, Q);
-  } else if constexpr (quad_is_split(BITS, Q)) {
-    const __m512i low = shift_right<6>(run_at(vector, Q - 6)), high = shift_right<Q - 2>(run_at(vector, 2));
-    const __m512i merged = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xE4);  // mask ? low : high
-    return _mm512_and_si512(merged, _mm512_set1_epi8(7));
-  } else {
-    return _mm512_and_si512(shift_right<quad_shift(BITS, Q)>(run_at(vector, quad_run(BITS, Q))),
-                            _mm512_set1_epi8((1 << BITS) - 1));
-  }
-}
 
 constexpr int kAndOr = 0xEA;  // (a & b) | c
 
@@ -170,53 +137,6 @@ LGQ_INLINE void tile_int8(const TileArgs &a) {
   }
 }
 
-template <int BITS, int D, int Q>
-LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D]) {
-  __m512i w[kVectorsPerBlock];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
-#pragma GCC unroll 4
-  for (int d = 0; d < D; ++d) {
-    const __m512i digit = _mm512_set1_epi32(x[Q * D + d]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectorsPerBlock; ++v) acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], w[v], digit);
-  }
-}
-
-template <int BITS, int D, int... Q>
-LGQ_INLINE void unit_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D],
-                            std::integer_sequence<int, Q...>) {
-  (quad_digits<BITS, D, Q>(codes, x, acc), ...);
-}
-
-template <int BITS, int D>
-LGQ_INLINE void tile_digits(const TileArgs &a) {
-  __m512i acc[kVectorsPerBlock][D];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-#pragma GCC unroll 4
-    for (int d = 0; d < D; ++d) acc[v][d] = _mm512_setzero_si512();
-  const uint8_t *codes = a.codes;
-  const int32_t *x = reinterpret_cast<const int32_t *>(a.x);
-  for (int u = 0; u < a.units; ++u) {
-    unit_digits<BITS>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
-    codes += kRunBytes * BITS;
-    x += kQuads * D;
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) {
-    __m512 digits = _mm512_cvtepi32_ps(acc[v][0]);
-#pragma GCC unroll 3
-    for (int d = 1; d < D; ++d)
-      digits = _mm512_fmadd_ps(digits, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(acc[v][d]));
-    __m512 start = _mm512_set1_ps(a.init[0]);
-    if (!a.grid->symmetric) start = _mm512_mul_ps(start, _mm512_load_ps(a.grid->zero + v * kVector));
-    const __m512 sum = _mm512_fmadd_ps(digits, _mm512_set1_ps(a.scale[0]), start);
-    float *total = a.totals + v * kVector;
-    _mm512_store_ps(total, _mm512_fmadd_ps(sum, _mm512_load_ps(a.grid->scale + v * kVector), _mm512_load_ps(total)));
-  }
-}
-
 template <int BITS, int T, int MR, int AHEAD, int... Q>
 LGQ_INLINE void unit_exact(const uint8_t *codes, const uint8_t *next, const uint8_t *x,
                            __m512 (&acc)[kVectorsPerBlock][MR], std::integer_sequence<int, Q...>) {
@@ -275,8 +195,6 @@ struct Avx512 {
       const __m512i zero = _mm512_cvtepu8_epi32(bytes);
       if (T == kInt8) {
         _mm512_store_si512(g->zero + v * kVector, zero);
-      } else if (has_digits(T)) {
-        _mm512_store_ps(g->zero + v * kVector, _mm512_cvtepi32_ps(zero));
       } else {
         const __m512 shifted = _mm512_fmadd_ps(_mm512_cvtepi32_ps(zero), _mm512_set1_ps(1.0f / Mantissa<BITS>::D),
                                                _mm512_set1_ps(Mantissa<BITS>::A));
@@ -291,8 +209,13 @@ struct Avx512 {
       tile_int8<BITS, MR, AHEAD>(a);
     else if constexpr (is_terms(T))
       tile_exact<BITS, T, MR, AHEAD>(a);
-    else if constexpr (MR == 1)  // form() asks for no other
-      tile_digits<BITS, digits_of(T)>(a);
+  }
+
+  static constexpr bool has_row(int T) { return T == kInt8 || has_digits(T); }
+
+  template <int BITS, int T>
+  static void row(const RowArgs &a) {
+    row_avx512<BITS, T>(a);
   }
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {

@@ -4,6 +4,8 @@
 //   template <int BITS, int T> static void grid(scales, zeros, Grid *)         scale and zero of 64 outputs
 //   template <int BITS, int T, int MR, int AHEAD> static void tile(TileArgs)   totals += one segment for MR rows; fetches
 //                                                                              1 / AHEAD of the next one, 0: nothing
+//   static constexpr bool has_row(T)                                           whether it has, for a product of one row,
+//   template <int BITS, int T> static void row(RowArgs)                        totals = all segments
 //   static void store_row(const float *totals, const float *bias, void *y, ...)
 //   static int64_t word_bytes(T)                                               bytes of prepared activation per input
 //
@@ -88,6 +90,20 @@ struct TileArgs {
   float *totals;  // [row][64]
 };
 
+// One row and one block of outputs.
+struct RowArgs {
+  const Segment *segments;
+  int64_t count;         // of segments
+  const uint8_t *codes;  // of the block
+  int64_t unit_bytes;
+  const uint16_t *scales;  // [group][64]
+  const uint8_t *zeros;
+  bool symmetric;
+  const uint8_t *x;
+  const float *init, *scale;  // of each segment
+  float *totals;              // [64]
+};
+
 template <class Number, float (*convert)(Number)>
 inline void load_inputs(const Product &p, int64_t row, const Segment &s, float *__restrict f) {
   const Number *x = static_cast<const Number *>(p.x) + row * p.x_stride;
@@ -143,8 +159,43 @@ inline float round_to_int8(const float *f, int n, int8_t *q) {
   return most / 127.0f;
 }
 
+// The outputs that a block has, 64 or fewer, and their bias as float.
+inline int load_bias(const Product &p, int64_t block, float *bias) {
+  const int64_t first = block * kBlock, left = p.w.header->out_features - first;
+  const int count = static_cast<int>(left < kBlock ? left : kBlock);
+  for (int o = 0; o < kBlock; ++o)
+    bias[o] = p.bias != nullptr && o < count ? load_float(p.bias, p.bias_dtype, first + o) : 0.0f;
+  return count;
+}
+
+template <class Kernel, int BITS, int T>
+void multiply_row_as(const Product &p, int64_t begin, int64_t end) {
+  const PackedHeader &h = *p.w.header;
+  const Activations x(p, Kernel::word_bytes(T));
+  alignas(64) float totals[kBlock], bias[kBlock];
+  RowArgs args{};
+  args.segments = p.w.segments;
+  args.count = h.segments;
+  args.unit_bytes = static_cast<int64_t>(kUnit) * kBlock * BITS / 8;
+  args.symmetric = h.symmetric != 0;
+  args.x = x.words;
+  args.init = x.init;
+  args.scale = x.scale;
+  args.totals = totals;
+  for (int64_t block = begin; block < end; ++block) {
+    const int count = load_bias(p, block, bias);
+    args.codes = p.w.codes + block * h.units * args.unit_bytes;
+    args.scales = p.w.scales + block * h.groups * kBlock;
+    args.zeros = p.w.zeros + block * h.groups * kBlock;
+    Kernel::template row<BITS, T>(args);
+    Kernel::store_row(totals, bias, p.y, p.dtype, block * kBlock, count);
+  }
+}
+
 template <class Kernel, int BITS, int T>
 void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
+  if constexpr (Kernel::has_row(T))
+    if (p.rows == 1) return multiply_row_as<Kernel, BITS, T>(p, begin, end);
   const PackedHeader &h = *p.w.header;
   const Activations x(p, Kernel::word_bytes(T));
   alignas(64) float totals[kBand * kBlock];
@@ -156,9 +207,7 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
   args.grid = &grid;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
-    const int count = static_cast<int>(h.out_features - first < kBlock ? h.out_features - first : kBlock);
-    for (int o = 0; o < kBlock; ++o)
-      bias[o] = p.bias != nullptr && o < count ? load_float(p.bias, p.bias_dtype, first + o) : 0.0f;
+    const int count = load_bias(p, block, bias);
     for (int64_t top = 0; top < p.rows; top += kBand) {
       const int64_t bottom = p.rows - top < kBand ? p.rows : top + kBand;
       const bool many = bottom - top >= kShares * kTileRows;

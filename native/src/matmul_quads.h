@@ -26,6 +26,7 @@ typedef uint8_t quad_bytes16 __attribute__((vector_size(16)));
 struct QuadKernel {
   static int code_offset(const Product &) { return 0; }
   static constexpr int64_t word_bytes(int T) { return T == kFloat ? 4 : digits_of(T); }
+  static constexpr bool has_row(int) { return false; }
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
     for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);

@@ -1,0 +1,213 @@
+// One row with AVX-512: memory is the limit, so every instruction for each code counts, and what is done once a segment
+// counts too: the loop over segments is here, with the totals in registers.
+//
+// int8: a field is masked where it lies, not shifted: code * 2^shift is still an unsigned byte for the integer dot
+// product. Each shift has sums of its own, whole multiples of 2^shift, that are shifted back once a segment.
+// digits: a bfloat16 or float32 as three or four digits (matmul_quads.h); their sums would take too many registers
+// for each shift, and an unpacked code serves three or four products.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "matmul_quads.h"
+
+namespace {
+
+#define LGQ_INLINE static inline __attribute__((always_inline))
+
+template <int SHIFT>
+LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
+  if constexpr (SHIFT > 0)
+    return _mm512_srli_epi32(v, SHIFT);
+  else if constexpr (SHIFT < 0)
+    return _mm512_slli_epi32(v, -SHIFT);
+  else
+    return v;
+}
+
+// Keeps a value in the register that it is in: the compiler would otherwise keep copies of sums in memory, and load the
+// same codes once for each of their fields.
+LGQ_INLINE void keep(__m512i &v) { asm("" : "+v"(v)); }
+
+LGQ_INLINE __m512i run_at(const uint8_t *vector, int run) { return _mm512_load_si512(vector + run * kRunBytes); }
+
+// Quad Q of a unit as unsigned bytes.
+template <int BITS, int Q>
+LGQ_INLINE __m512i quad_bytes(const uint8_t *vector) {
+  if constexpr (BITS == 8) {
+    return run_at(vector, Q);
+  } else if constexpr (quad_is_split(BITS, Q)) {
+    const __m512i low = shift_right<6>(run_at(vector, Q - 6)), high = shift_right<Q - 2>(run_at(vector, 2));
+    const __m512i merged = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xE4);  // mask ? low : high
+    return _mm512_and_si512(merged, _mm512_set1_epi8(7));
+  } else {
+    return _mm512_and_si512(shift_right<quad_shift(BITS, Q)>(run_at(vector, quad_run(BITS, Q))),
+                            _mm512_set1_epi8((1 << BITS) - 1));
+  }
+}
+
+// Fields of a byte: which bits, and how far above their place in the code they lie.
+struct Field {
+  int mask, shift;
+};
+
+template <int BITS>
+constexpr int kFields = BITS == 3 ? 5 : 8 / BITS;
+
+constexpr Field field_of(int bits, int f) {
+  constexpr Field three[] = {{0x07, 0}, {0x38, 3}, {0xC0, 6}, {0x40, 4}, {0x80, 5}};
+  return bits == 3 ? three[f] : Field{((1 << bits) - 1) << bits * f, bits * f};
+}
+
+// The quad that a run's field belongs to, or -1: the run has no such field.
+constexpr int field_quad(int bits, int run, int f) {
+  if (bits != 3) return run * (8 / bits) + f;
+  if (f < 2) return 2 * run + f;
+  if (run < 2) return f == 2 ? 6 + run : -1;
+  return f == 2 ? -1 : 3 + f;
+}
+
+template <int BITS, int RUN, int F>
+LGQ_INLINE void field_int8(const __m512i (&bytes)[kVectorsPerBlock], const int32_t *x,
+                           __m512i (&acc)[kVectorsPerBlock][kFields<BITS>]) {
+  constexpr int quad = field_quad(BITS, RUN, F);
+  if constexpr (quad >= 0) {
+    const __m512i xq = _mm512_set1_epi32(x[quad]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+      const __m512i codes =
+          BITS == 8 ? bytes[v] : _mm512_and_si512(bytes[v], _mm512_set1_epi8(static_cast<char>(field_of(BITS, F).mask)));
+      acc[v][F] = _mm512_dpbusd_epi32(acc[v][F], codes, xq);
+      keep(acc[v][F]);
+    }
+  }
+}
+
+template <int BITS, int RUN, int... F>
+LGQ_INLINE void run_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][kFields<BITS>],
+                         std::integer_sequence<int, F...>) {
+  __m512i bytes[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    bytes[v] = run_at(codes + v * 64, RUN);
+    keep(bytes[v]);
+  }
+  (field_int8<BITS, RUN, F>(bytes, x, acc), ...);
+}
+
+template <int BITS, int... RUN>
+LGQ_INLINE void row_unit_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][kFields<BITS>],
+                              std::integer_sequence<int, RUN...>) {
+  (run_int8<BITS, RUN>(codes, x, acc, std::make_integer_sequence<int, kFields<BITS>>()), ...);
+}
+
+template <int BITS, int... F>
+LGQ_INLINE __m512i sum_fields(const __m512i (&acc)[kFields<BITS>], std::integer_sequence<int, F...>) {
+  __m512i sum = acc[0];
+  ((F > 0 ? void(sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[F], field_of(BITS, F).shift))) : void()), ...);
+  return sum;
+}
+
+// sum(code * x) of one segment for every output of the block, less what the zero takes off, as a float.
+template <int BITS>
+LGQ_INLINE void row_segment_int8(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
+                                 __m512 (&sums)[kVectorsPerBlock]) {
+  __m512i acc[kVectorsPerBlock][kFields<BITS>];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v)
+#pragma GCC unroll 5
+    for (int f = 0; f < kFields<BITS>; ++f) acc[v][f] = _mm512_setzero_si512();
+  const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads;
+  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x += kQuads)
+    row_unit_int8<BITS>(codes, x, acc, std::make_integer_sequence<int, BITS>());
+  const __m512i start = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(a.init)[s]);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512i sum = sum_fields<BITS>(acc[v], std::make_integer_sequence<int, kFields<BITS>>());
+    __m512i below = start;
+    if (!a.symmetric) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros + v * kVector));
+      below = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(bytes), start);
+    }
+    sums[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, below)), _mm512_set1_ps(a.scale[s]));
+  }
+}
+
+template <int BITS, int D, int Q>
+LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i w[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) {
+    const __m512i digit = _mm512_set1_epi32(x[Q * D + d]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+      acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], w[v], digit);
+      keep(acc[v][d]);
+    }
+  }
+}
+
+template <int BITS, int D, int... Q>
+LGQ_INLINE void row_unit_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D],
+                                std::integer_sequence<int, Q...>) {
+  (quad_digits<BITS, D, Q>(codes, x, acc), ...);
+}
+
+template <int BITS, int D>
+LGQ_INLINE void row_segment_digits(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
+                                   __m512 (&sums)[kVectorsPerBlock]) {
+  __m512i acc[kVectorsPerBlock][D];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) acc[v][d] = _mm512_setzero_si512();
+  const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * D;
+  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x += kQuads * D)
+    row_unit_digits<BITS, D>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+  const __m512 start = _mm512_set1_ps(a.init[s]);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    __m512 digits = _mm512_cvtepi32_ps(acc[v][0]);
+#pragma GCC unroll 3
+    for (int d = 1; d < D; ++d)
+      digits = _mm512_fmadd_ps(digits, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(acc[v][d]));
+    __m512 below = start;
+    if (!a.symmetric) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros + v * kVector));
+      below = _mm512_mul_ps(start, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+    }
+    sums[v] = _mm512_fmadd_ps(digits, _mm512_set1_ps(a.scale[s]), below);
+  }
+}
+
+// One block of outputs for the only row.
+template <int BITS, int T>
+void row_avx512(const RowArgs &a) {
+  __m512 total[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) total[v] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < a.count; ++s) {
+    const Segment &segment = a.segments[s];
+    const int64_t at = int64_t{segment.group} * kBlock;
+    __m512 sums[kVectorsPerBlock];
+    if constexpr (T == kInt8)
+      row_segment_int8<BITS>(a, segment, s, a.zeros + at, sums);
+    else
+      row_segment_digits<BITS, digits_of(T)>(a, segment, s, a.zeros + at, sums);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(a.scales + at + v * kVector));
+      total[v] = _mm512_fmadd_ps(sums[v], _mm512_cvtph_ps(half), total[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) _mm512_store_ps(a.totals + v * kVector, total[v]);
+}
+
+}  // namespace
