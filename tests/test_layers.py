@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "native", "core", "checkpoint"},
     "sharing": {"ops"},
     "linear": {"errors", "core", "checkpoint", "ops", "sharing"},
+    "norm": {"native", "ops"},
     "head": {"errors", "core", "checkpoint", "ops", "sharing", "linear"},
     "companions": {"errors", "core", "checkpoint"},
     "layouts": {"errors"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "skeleton": {"errors", "core", "checkpoint", "companions", "layouts", "sources"},
     "hf": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "sources", "skeleton"),
-        *("head", "version"),
+        *("head", "norm", "version"),
     },
     "quantization": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),

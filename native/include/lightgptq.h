@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 2
+#define LGQ_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -106,6 +106,13 @@ LGQ_API int32_t lgq_matmul_shared(int32_t count, const lgq_factor *factors, int6
 
 /* The weight, (out, in) row-major, computed in float32 and rounded once. */
 LGQ_API int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *weight, int32_t dtype);
+
+/* --- Around the product ----------------------------------------------------------------------------------------- */
+
+/* y[r,:] = weight * x[r,:] / sqrt(mean(x[r,:]^2) + eps), the quotient rounded to the type first (arXiv 1910.07467,
+ * equation 4). x, weight and y have one dtype; x and y are contiguous (rows, cols), and not the same memory. */
+LGQ_API int32_t lgq_rms_norm(const void *x, int64_t rows, int64_t cols, const void *weight, float eps, void *y,
+                             int32_t dtype);
 
 /* --- The solver ------------------------------------------------------------------------------------------------ */
 

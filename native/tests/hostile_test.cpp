@@ -35,6 +35,19 @@ struct Weight {
   }
 };
 
+void spoil_norm() {
+  float x[6] = {1, 2, 3, 4, 5, 6}, w[3] = {1, 1, 1}, y[6] = {};
+  refuse_sizes([&](int64_t v) { return lgq_rms_norm(x, v, 3, w, 0.0f, y, LGQ_F32); }, true);
+  refuse_sizes([&](int64_t v) { return lgq_rms_norm(x, 2, v, w, 0.0f, y, LGQ_F32); });
+  CHECK(lgq_rms_norm(nullptr, 2, 3, w, 0.0f, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rms_norm(x, 2, 3, nullptr, 0.0f, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rms_norm(x, 2, 3, w, 0.0f, nullptr, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rms_norm(x, 2, 3, w, 0.0f, y, 3) == LGQ_BAD_DTYPE);
+  CHECK(lgq_rms_norm(x, 2, 3, w, -1.0f, y, LGQ_F32) == LGQ_BAD_VALUE);
+  CHECK(lgq_rms_norm(x, 2, 3, w, __builtin_nanf(""), y, LGQ_F32) == LGQ_BAD_VALUE);
+  for (const float f : y) CHECK(f == 0.0f);
+}
+
 void spoil_packing(const Weight &w) {
   const int32_t *g_idx = w.g_idx.data();
   int64_t bytes = -7;
@@ -174,6 +187,7 @@ void spoil_solvers() {
 
 void test_hostile() {
   const Weight w;
+  spoil_norm();
   spoil_packing(w);
   spoil_products(w);
   spoil_solvers();

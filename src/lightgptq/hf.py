@@ -19,6 +19,7 @@ from lightgptq.errors import CheckpointError
 from lightgptq.head import quantize_head
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
+from lightgptq.norm import replace_norms
 from lightgptq.skeleton import build_empty_model, fill_buffers, model_class
 from lightgptq.sources import NameMap, Source, find_sources
 
@@ -65,6 +66,8 @@ def load(
         model = model.to(device).eval()
     else:
         model = _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
+        if model.device.type == "cpu":
+            replace_norms(model)
     if head_bits is not None:
         quantize_head(model, head_bits, mode)
     return model

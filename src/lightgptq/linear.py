@@ -12,6 +12,7 @@ from lightgptq import ops, sharing
 from lightgptq.checkpoint.packing import PackedWeight, pack, packed_layout, trivial_g_idx
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import UsageError
+from lightgptq.ops import cpu
 
 _STANDARD = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -116,14 +117,20 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) float32, bfloat16 or float16; returns (..., out) of the same dtype."""
+        bias, place = self._buffers["bias"], self.place
+        direct = ops.runs_directly(x, bias)
+        if place is not None and place.index > 0 and direct:
+            y = place.take(x)
+            if y is not None:
+                return y
         if self._prepared is None:
             self.prepare()
-        prepared, bias = self._prepared, self._buffers["bias"]
+        prepared = self._prepared
         assert prepared is not None
         if (
             self.shares_input
+            and direct
             and prepared.layout == "native"
-            and ops.runs_directly(x, bias)
             and x.is_cpu
             and not x.is_inference()  # what was done to such a tensor in place does not show in its version
             and x.dtype in ops.DTYPES
@@ -133,6 +140,8 @@ class QuantLinear(nn.Module):
             y = sharing.product(self, x)
             if y is not None:
                 return y
+            if bias is None and self.mode in ops.MODES:  # nothing is left to check
+                return cpu.matmul(x, prepared.tensors[0], None, self.out_features, self.mode)
         return ops.quant_matmul(x, prepared, bias, self.mode)
 
     def operands(self) -> tuple[ops.PreparedWeight | None, Tensor | None]:

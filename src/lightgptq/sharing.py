@@ -38,6 +38,15 @@ class Place:
         self.siblings = siblings
         self.index = index
 
+    def take(self, x: Tensor) -> Tensor | None:
+        """The product with x if the first sibling has made it already."""
+        ready = self.siblings.ready
+        return None if ready is None else ready.take(self.index, x)
+
+
+# A weight, its bias and where that lies.
+_Operands = tuple[PreparedWeight | None, Tensor | None, int | None]
+
 
 class _Ready:
     """Products of one tensor that wait for the siblings they belong to."""
@@ -64,9 +73,9 @@ class Siblings:
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[Reader]] = []
-        self._ready: _Ready | None = None
+        self.ready: _Ready | None = None
         self._shared: SharedProduct | None = None
-        self._shared_for: list[object] = []
+        self._shared_for: list[_Operands] = []
         self._wasted = False
 
     def join(self, linear: Reader) -> Place:
@@ -80,53 +89,62 @@ class Siblings:
 
     def product(self, index: int, x: Tensor) -> Tensor | None:
         """``x @ W^T + bias`` of member ``index``, or None where it has to multiply for itself."""
-        ready = self._ready
+        ready = self.ready
         if index > 0:
             return None if ready is None else ready.take(index, x)
         if len(self._members) == 1 or self._wasted:
             return None
         if ready is not None and any(y is not None for y in ready.outputs):
             # A sibling did not come for its product, or came with another tensor: multiplying ahead is a waste here.
-            self._wasted, self._ready = True, None
+            self._wasted, self.ready = True, None
             return None
         shared = self._product_of_all()
         if shared is None:
-            self._ready = None
+            self.ready = None
             return None
         outputs: list[Tensor | None] = list(shared[0](x, shared[1]))
         first, outputs[0] = outputs[0], None
-        self._ready = _Ready(x, outputs)
+        self.ready = _Ready(x, outputs)
         return first
 
     def _product_of_all(self) -> tuple[SharedProduct, str] | None:
-        linears = [member() for member in self._members]
-        now: list[object] = []
-        modes = set()
-        for linear in linears:
+        """The call for all, made anew when one has other operands than last time, and its arithmetic."""
+        kept, mode = self._shared_for, None
+        unchanged = len(kept) == len(self._members)
+        for i, member in enumerate(self._members):
+            linear = member()
             if linear is None:
                 self._shared, self._shared_for = None, []
                 return None
-            weight, bias = linear.operands()
-            now += (weight, bias, None if bias is None else bias.data_ptr())
-            modes.add(linear.mode)
-        if len(modes) > 1:
-            return None
-        unchanged = len(now) == len(self._shared_for) and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(now, self._shared_for, strict=True)
-        )
+            if mode is not None and linear.mode != mode:
+                return None
+            mode = linear.mode
+            if unchanged:
+                weight, bias = linear.operands()
+                last = kept[i]
+                unchanged = weight is last[0] and bias is last[1]
+                unchanged = unchanged and (bias is None or bias.data_ptr() == last[2])
         if not unchanged:
-            self._shared, self._shared_for = _shared_product(now[::3], now[1::3]), now
-        return None if self._shared is None else (self._shared, modes.pop())
+            operands = [linear.operands() for linear in (member() for member in self._members) if linear]
+            self._shared_for = [(w, b, None if b is None else b.data_ptr()) for w, b in operands]
+            self._shared = _shared_product(operands)
+        return None if self._shared is None or mode is None else (self._shared, mode)
 
 
-def _shared_product(weights: list[object], biases: list[object]) -> SharedProduct | None:
+def _shared_product(
+    operands: list[tuple[PreparedWeight | None, Tensor | None]],
+) -> SharedProduct | None:
     """The call for all, or None where one of them is not on the CPU or has a bias that the library cannot read."""
-    known = [w for w in weights if isinstance(w, PreparedWeight) and w.layout == NATIVE_LAYOUT]
-    tensors = [bias for bias in biases if bias is None or isinstance(bias, Tensor)]
-    readable = all(bias is None or (bias.is_cpu and bias.is_contiguous()) for bias in tensors)
-    if len(known) != len(weights) or not readable:
+    known = [weight for weight, _ in operands if weight is not None and weight.layout == NATIVE_LAYOUT]
+    if len(known) != len(operands):
         return None
-    return SharedProduct(known, tensors)
+    biases = [bias for _, bias in operands]
+    for weight, bias in zip(known, biases, strict=True):
+        if bias is None:
+            continue
+        if not (bias.is_cpu and bias.is_contiguous() and bias.shape == (weight.out_features,)):
+            return None
+    return SharedProduct(known, biases)
 
 
 class _Before(threading.local):

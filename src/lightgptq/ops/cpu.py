@@ -171,7 +171,7 @@ class SharedProduct:
         """x (..., in) float32, bfloat16 or float16 on the CPU; returns a (..., out) of its dtype for each weight."""
         rows, count, stride = _rows(x)
         shape, dtype = x.shape[:-1], x.dtype
-        ys = [torch.empty((*shape, out_features), dtype=dtype) for out_features in self._outputs]
+        ys = [torch.empty(*shape, out_features, dtype=dtype) for out_features in self._outputs]
         status = self._function(
             len(ys),
             self._factors,
