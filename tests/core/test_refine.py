@@ -8,7 +8,8 @@ from tests.oracles import correlated_problem, damped, layer_loss, least_squares_
 
 from lightgptq.core.grid import dequantize_codes, fit_grid, quantize_to_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
-from lightgptq.core.refine import refine, refit_scales
+from lightgptq.core.refine import refine
+from lightgptq.core.refit import refit_scales
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.errors import QuantizationError

@@ -42,6 +42,9 @@ class Preset(str, Enum):
     best = "best"
 
 
+DEFAULT_PRESET = Preset(presets.DEFAULT_PRESET)
+
+
 class Format(str, Enum):
     """Conventions for stored zeros."""
 
@@ -82,7 +85,7 @@ def command(
     preset: Annotated[
         Preset,
         typer.Option(help="Accuracy for time: fast, balanced (corrects inputs, refines) or best (trains)."),
-    ] = Preset.fast,
+    ] = DEFAULT_PRESET,
     tune: Annotated[
         int | None,
         typer.Option(min=0, help="Steps of training each block on its output; default: the preset's."),
@@ -100,7 +103,10 @@ def command(
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each; default 2048 or the context.")
     ] = None,
-    damp: Annotated[float, typer.Option(help="Share of the mean diagonal added to the Hessian.")] = 0.01,
+    damp: Annotated[
+        float | None,
+        typer.Option(help="Share of the mean diagonal added to the Hessian; default: the preset's."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the windows lie; 0 spreads them evenly.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Arithmetic of the blocks while calibrating.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -143,10 +149,9 @@ def command(
         group_size=group_size,
         sym=sym,
         method=method.value,
-        damp=damp,
         act_order=act_order,
         static_groups=static_groups,
-        **({} if tune is None else {"tune": tune}),
+        **{name: value for name, value in {"tune": tune, "damp": damp}.items() if value is not None},
     )
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:

@@ -15,6 +15,7 @@ from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.fused_rules import fused_conflicts
 from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.core.presets import DEFAULT_PRESET, preset
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
 from lightgptq.quantization.blocks import DecoderBlock, find_blocks
@@ -75,7 +76,7 @@ def quantize(
     A run that was killed goes on from its last finished block when called again with the same arguments, and ends with
     the same bytes.
 
-    scheme       of every linear in the decoder blocks; default 4 bits, group size 128
+    scheme       of every linear in the decoder blocks; default 4 bits, group size 128, preset ``balanced``
     calibration  text specification (see `texts`), Text, or windows of token ids
     samples, seq_len, seed  windows to cut out of the text; seq_len defaults to 2048 or the model's context if shorter
     rules        "REGEX=bits:8,group_size:32" or "REGEX=skip", the first that matches a module's name decides
@@ -96,7 +97,7 @@ def quantize(
     Returns the report, which is also saved beside the checkpoint. Raises a LightGPTQError; nothing is then published.
     """
     started = time.perf_counter()
-    scheme, out = scheme or QuantScheme(), Path(out)
+    scheme, out = scheme or preset(DEFAULT_PRESET)["scheme"], Path(out)
     skeleton = _open(src, out, dtype, device, revision, trust_remote_code)
     if moe_all_experts:
         send_all_tokens_to_experts(skeleton)
