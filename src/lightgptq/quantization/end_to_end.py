@@ -24,7 +24,7 @@ from lightgptq.skeleton import ModelSkeleton
 # Above this many weights neither the optimizer's state of all codes nor the model that samples is taken to fit.
 SMALL_MODEL = 1 << 30
 STEP_TOKENS = 2048
-SAMPLED_SHARE = 2  # windows to sample for each of the calibration text
+SAMPLED_SHARE = 3  # windows to sample for each of the calibration text
 SAMPLED_FILE = "sampled.pt"
 
 
