@@ -1,11 +1,13 @@
 """Our presets beside other tools' checkpoints: same calibration windows and format, judged on the same tokens.
 
     python -m bench.compare_checkpoints --bits 4 --group-size 128 --seed 0 [--preset fast --preset balanced]
-        [LABEL=FOLDER ...] [--text pydoc --text FILE] [--max-tokens 20480]
+        [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
 
 FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the demonstration model that another tool made from the windows
-that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens). Ours are made here. Every
-checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to bench/results/quality.jsonl.
+that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in SECONDS on this
+machine.
+Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to
+bench/results/quality.jsonl.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def main() -> None:
     """Quantize, measure every checkpoint on every text, print and append the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="LABEL=FOLDER")
+    parser.add_argument("--seconds", action="append", default=[], metavar="LABEL=SECONDS")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
@@ -41,7 +44,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as work:
         folders: dict[str, Path] = {}
-        seconds: dict[str, float] = {}
+        told = (pair.partition("=") for pair in options.seconds)
+        seconds = {label: float(value) for label, _, value in told}
         for pair in options.checkpoints:
             label, _, folder = pair.partition("=")
             folders[label] = _as_gptq(Path(folder), Path(work) / f"imported-{len(folders)}")
