@@ -100,3 +100,9 @@ def test_a_copy_works_alone() -> None:
         for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
             assert torch.equal(other(x), norm(x))
             assert other.weight.data_ptr() != norm.weight.data_ptr()
+
+
+def test_compiles_without_a_break_and_gives_the_same() -> None:
+    norm, x = layer(64, torch.float32), torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="eager")(x), norm(x))
