@@ -61,3 +61,15 @@ def test_wrong_shapes_and_broken_values_are_refused():
     factor = HessianFactor.build(torch.eye(24), QuantScheme())
     with pytest.raises(QuantizationError, match="M is"):
         corrected_target(torch.ones(2, 24), torch.eye(23), factor)
+
+
+def test_panels_of_the_factor_give_the_whole_product(monkeypatch):
+    monkeypatch.setattr("lightgptq.core.mismatch.PANEL", 10)
+    X_orig, X_quant = inputs()
+    W = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    hessian, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
+    hessian.add(X_quant)
+    mismatch.add(X_orig, X_quant)
+    factor = HessianFactor.build(hessian.finish(), QuantScheme())
+    expected = corrected_weight(W, X_orig, X_quant, factor.ridge)
+    assert float((corrected_target(W, mismatch.finish(), factor) - expected).abs().max()) < 1e-3  # as above

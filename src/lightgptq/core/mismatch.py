@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightgptq import native
-from lightgptq.core.hessian import CHUNK_VALUES, SHORT_DTYPES, HessianFactor
+from lightgptq.core.hessian import CHUNK_VALUES, PANEL, SHORT_DTYPES, HessianFactor
 from lightgptq.core.mismatch_cpu import add_mismatch_cpu
 from lightgptq.errors import QuantizationError
 
@@ -103,7 +103,14 @@ def corrected_target(W: Tensor, M: Tensor, factor: HessianFactor, strength: floa
             f"the weight has {W.shape[1]} inputs, M is {tuple(M.shape)} and H is for {in_features} inputs"
         )
     W = W.float()
-    moved = (W @ M)[:, factor.perm]
+    moved, U = (W @ M)[:, factor.perm], factor.U
+    between, solved = torch.empty_like(moved), torch.zeros_like(moved)
+    for start in range(
+        0, in_features, PANEL
+    ):  # two products with a triangle, each for half the price of a square's
+        rows = slice(start, start + PANEL)
+        torch.mm(moved[:, start:], U[rows, start:].t(), out=between[:, rows])
+        solved[:, start:].addmm_(between[:, rows], U[rows, start:])
     correction = torch.empty_like(W)
-    correction[:, factor.perm] = (moved @ factor.U.t()) @ factor.U
+    correction[:, factor.perm] = solved
     return W + strength * correction

@@ -87,7 +87,8 @@ class GroupSolver:
             energies = [_energy(W, H) for W in weights]
             if factor is not None and inputs.mismatch is not None and scheme.mismatch > 0:
                 M = inputs.mismatch.finish()
-                weights = [corrected_target(W, M, factor, scheme.mismatch) for W in weights]
+                with stage("sweep"):
+                    weights = [corrected_target(W, M, factor, scheme.mismatch) for W in weights]
             solved = _solve(names, weights, scheme, H, factor)
             for name, quantized, energy in zip(names, solved, energies, strict=True):
                 self._record(name, scheme, quantized, factor, tokens, energy, trouble)
