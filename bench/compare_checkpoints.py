@@ -1,7 +1,7 @@
 """Our presets beside other tools' checkpoints: same calibration windows and format, judged on the same tokens.
 
     python -m bench.compare_checkpoints --bits 4 --group-size 128 --seed 0 [--preset fast --preset balanced]
-        [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
+        [--distill STEPS] [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
 
 FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the demonstration model that another tool made from the windows
 that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in SECONDS on this
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", action="append", default=[])
+    parser.add_argument("--distill", type=int, help="instead of the presets' own steps end to end")
     parser.add_argument("--text", action="append", help="pydoc (default) or a file that nobody calibrated on")
     parser.add_argument("--max-tokens", type=int, default=20_480)
     options = parser.parse_args()
@@ -50,7 +51,9 @@ def main() -> None:
             label, _, folder = pair.partition("=")
             folders[label] = _as_gptq(Path(folder), Path(work) / f"imported-{len(folders)}")
         for preset in options.preset:
-            label = f"lightgptq {preset}"
+            label = f"lightgptq {preset}" + (
+                f", distill {options.distill}" if options.distill is not None else ""
+            )
             folders[label] = Path(work) / preset
             seconds[label] = _quantize(folders[label], preset, options)
         original = lightgptq.load(MODEL, dtype="float32")
@@ -77,6 +80,8 @@ def main() -> None:
 
 def _quantize(out: Path, preset: str, options: argparse.Namespace) -> float:
     chosen = lightgptq.preset(preset, bits=options.bits, group_size=options.group_size, sym=not options.asym)
+    if options.distill is not None:
+        chosen["distill"] = options.distill
     report = lightgptq.quantize(
         MODEL,
         out,

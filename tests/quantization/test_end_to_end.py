@@ -216,3 +216,17 @@ def test_a_model_of_two_stacks_is_refused_before_anything_is_done(
     with pytest.raises(UnsupportedModelError, match="two; give --distill 0"):
         lightgptq.quantize(source, tmp_path / "out", SCHEME, calibration=windows, distill=4)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_no_more_is_sampled_than_the_steps_can_see(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = ModelSkeleton.open(CheckpointReader.open(str(model_folder("llama"))), dtype=torch.float32)
+    monkeypatch.setattr(end_to_end, "STEP_TOKENS", 2048)
+
+    def sampled(steps: int, weights: int) -> int:
+        return end_to_end.distill_options(steps, skeleton, weights, windows=128, seq_len=256).sampled
+
+    assert sampled(40, 1000) == 240  # three quarters of the 40 x 8 windows
+    assert sampled(400, 1000) == 384
+    assert sampled(400, 2**31) == 0

@@ -148,11 +148,17 @@ def check_distillable(
         )
 
 
-def distill_options(steps: int, skeleton: ModelSkeleton, weights: int, windows: int) -> DistillOptions:
-    """Options for a model of so many quantized weights, calibrated with so many windows of tokens alone.
+def distill_options(
+    steps: int, skeleton: ModelSkeleton, weights: int, windows: int, seq_len: int
+) -> DistillOptions:
+    """Options for a model of so many quantized weights, calibrated with so many windows of ``seq_len`` tokens alone.
 
-    Up to `SMALL_MODEL` weights codes are trained, too, and models that can generate sample windows.
+    Up to `SMALL_MODEL` weights codes are trained, too, and models that can generate sample windows: `SAMPLED_SHARE` for
+    each of the calibration text, but no more than that share of what the steps get to see.
     """
     small = steps > 0 and weights <= SMALL_MODEL
-    sampled = SAMPLED_SHARE * windows if small and skeleton.model.can_generate() else 0
-    return DistillOptions(steps=steps, codes=small, sampled=sampled)
+    seen = steps * max(1, STEP_TOKENS // max(1, seq_len))
+    sampled = min(SAMPLED_SHARE * windows, SAMPLED_SHARE * seen // (SAMPLED_SHARE + 1))
+    return DistillOptions(
+        steps=steps, codes=small, sampled=sampled if small and skeleton.model.can_generate() else 0
+    )

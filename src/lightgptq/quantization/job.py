@@ -166,9 +166,9 @@ def _training(
     extras = windows is not None and bool(windows.extra)
     if not isinstance(distill, DistillOptions):
         sizes = {f"{b.name}.{name}": m.weight.numel() for b in blocks for name, m in b.linears().items()}
-        plain = windows.samples if windows is not None and not extras else 0
+        plain, seq_len = (windows.samples, windows.seq_len) if windows is not None and not extras else (0, 0)
         weights = sum(size for name, size in sizes.items() if name in plan.schemes)
-        distill = distill_options(distill, skeleton, weights, plain)
+        distill = distill_options(distill, skeleton, weights, plain, seq_len)
     check_distillable(skeleton, blocks, distill, extras=extras)
     return distill
 
