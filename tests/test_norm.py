@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from lightgptq import native
@@ -79,8 +80,15 @@ def test_other_layouts_and_dtypes_take_the_reference() -> None:
 def test_replaces_what_computes_the_same_and_nothing_else() -> None:
     hooked = LikeRMSNorm(16)
     hooked.register_forward_hook(lambda *_: None)
+    wrapped = add_hook_to_module(LikeRMSNorm(16), ModelHook())
     model = nn.ModuleDict(
-        {"same": LikeRMSNorm(16), "other": PlusOneRMSNorm(16), "layer": nn.LayerNorm(16), "hooked": hooked}
+        {
+            "same": LikeRMSNorm(16),
+            "other": PlusOneRMSNorm(16),
+            "layer": nn.LayerNorm(16),
+            "hooked": hooked,
+            "wrapped": wrapped,
+        }
     )
     before, state = model["same"], copy.deepcopy(model.state_dict())
     x = torch.randn(2, 16)

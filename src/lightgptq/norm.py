@@ -97,7 +97,10 @@ def _is_candidate(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if not type(module).__name__.endswith("RMSNorm") or isinstance(module, RMSNorm) or weight is None:
         return False
-    if len(module._parameters) > 1 or module._buffers or module._modules or module._forward_hooks:
+    if len(module._parameters) > 1 or module._buffers or module._modules:
+        return False
+    # What others hung in, such as Accelerate, would be lost.
+    if module._forward_hooks or "forward" in module.__dict__:
         return False
     return weight.dim() == 1 and weight.is_cpu and weight.dtype in ops.DTYPES
 

@@ -18,6 +18,7 @@ from lightgptq.layouts import ExpertLinears
 from lightgptq.linear import QuantLinear
 from lightgptq.loading.config import GPTQConfig
 from lightgptq.loading.on_load import mode_of, quantize_loaded
+from lightgptq.norm import replace_norms
 from lightgptq.sources import NameMap, find_sources
 
 
@@ -91,6 +92,7 @@ class LightGPTQQuantizer(HfQuantizer):
                 )
             layer.__dict__.pop("weight", None)
             layer.prepare()
+        replace_norms(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
