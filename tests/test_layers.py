@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "once": set(),
     "loading": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "skeleton", "sources"),
-        *("texts", "hf", "quantization", "once"),
+        *("texts", "hf", "norm", "quantization", "once"),
     },
     "evaluation": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
