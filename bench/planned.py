@@ -84,7 +84,7 @@ def planned(
         probe = probe_block(block.module, linears, enter)
     needs = BlockNeeds.of(
         block.module,
-        BlockLinears(linears, dict.fromkeys(linears, scheme), alone=False),
+        BlockLinears(linears, dict.fromkeys(linears, scheme), alone=False, tokens=windows * seq_len),
         probe,
         batches=-(-samples // windows),
         lanes=lanes,

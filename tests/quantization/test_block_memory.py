@@ -16,8 +16,10 @@ from lightgptq.core import types
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import corrected_target
+from lightgptq.core.rtn import rtn
 from lightgptq.core.solver import gptq_stacked
-from lightgptq.quantization.block_memory import BlockLinears, BlockNeeds, workspace_bytes
+from lightgptq.core.tune import TuneOptions, tune_block
+from lightgptq.quantization.block_memory import BlockLinears, BlockNeeds, tuning_bytes, workspace_bytes
 from lightgptq.quantization.blocks import BlockInput, find_blocks
 from lightgptq.quantization.groups import LinearGroup, probe_block
 from lightgptq.quantization.live_bytes import LiveBytes
@@ -71,6 +73,32 @@ def test_a_batch_takes_no_more_than_as_many_workspaces() -> None:
     assert 0.66 * room <= live.peak <= room + 5 * 4 * 128 * 400 + (1 << 16), (
         f"{live.peak / room:.3f} of the workspaces"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("windows", [1, 16])
+def test_training_a_block_takes_no_more_than_is_planned(dtype: torch.dtype, windows: int) -> None:
+    """And more than 2/3 of it, with few tokens and with many."""
+    hidden, length = 128, 64
+    model = llama(1, hidden_size=hidden, intermediate_size=3 * hidden).to(dtype)
+    block = find_blocks(model)[0]
+    linears, states = block.linears(), torch.randn(windows, length, hidden, dtype=dtype)
+    angles = model.model.rotary_emb(states, torch.arange(length)[None])
+    batch = ((states,), {"position_embeddings": angles, "attention_mask": None}, states.clone())
+    with LiveBytes([*model.parameters(), states, *angles, batch[2]]) as live:
+        originals = {name: linear.weight.detach().float() for name, linear in linears.items()}
+        solved = {name: rtn(W, QuantScheme(bits=2, group_size=32)) for name, W in originals.items()}
+        tune_block(block.module, [batch], solved, TuneOptions(steps=2), originals=originals)
+    room = tuning_bytes(linears.values(), windows * length)
+    assert 0.66 * room <= live.peak <= room, f"{live.peak / room:.3f} of the room"
+
+
+def test_a_block_that_is_trained_plans_for_it() -> None:
+    shape = replace(SHAPES["tiny"], hidden=128, intermediate=256)
+    plain, tuned = (
+        planned(shape, 16, 2048, 1 << 40, replace(BALANCED, tune=tune))[0].fixed for tune in (0, 40)
+    )
+    assert tuned > plain
 
 
 def test_what_waits_in_a_block_are_its_activations_without_its_weights() -> None:

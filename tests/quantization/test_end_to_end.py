@@ -230,3 +230,25 @@ def test_no_more_is_sampled_than_the_steps_can_see(
     assert sampled(40, 1000) == 240  # three quarters of the 40 x 8 windows
     assert sampled(400, 1000) == 384
     assert sampled(400, 2**31) == 0
+
+
+def test_a_run_says_beforehand_that_its_training_does_not_fit(
+    model_folder: Callable[..., Path], windows: CalibrationSet, tmp_path: Path
+) -> None:
+    """Training codes does not depend on the limit, so that the same command gives the same bytes."""
+    notes: dict[bool, list[str]] = {}
+    for codes in (True, False):
+        told: list[Progress] = []
+        options = DistillOptions(steps=1, codes=codes)
+        lightgptq.quantize(
+            model_folder("llama"),
+            tmp_path / f"codes-{codes}",
+            SCHEME,
+            calibration=windows,
+            distill=options,
+            max_memory=1 << 20,
+            listener=told.append,
+        )
+        notes[codes] = [step.note for step in told if step.note is not None]
+    assert any("end-to-end tuning of the codes of" in note and "--distill 0" in note for note in notes[True])
+    assert not any("end-to-end" in note for note in notes[False])

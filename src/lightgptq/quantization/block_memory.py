@@ -15,6 +15,9 @@ from lightgptq.quantization.writeback import WAITING_BYTES
 # Copies of the weights that are solved together, in bytes per weight: two of them joined in solving order and
 # transposed, codes, what was rounded and its error; refinement holds targets and residuals as well. Measured.
 BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 46
+# Training a block: targets and codes, positions with their gradient and Adam's two averages, a weight's way from
+# position to product and back; and for each token and end of a linear what the way back needs, in values. Measured.
+BYTES_PER_WEIGHT_TUNED, VALUES_PER_END_TUNED = 38, 1.5
 SPARE = 50  # this part of what is free is left alone: allocations are rounded up
 LIBRARY_BYTES = 128 << 20  # what cuBLAS and cuSOLVER hold on a GPU
 
@@ -34,6 +37,16 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     return 4 * (3 + corrected + refined) * width * width + per_weight * weights
 
 
+def tuning_bytes(linears: Collection[nn.Linear], tokens: int) -> int:
+    """About what training codes and scales of a block takes: how much of a graph is kept is the architecture's matter.
+
+    tokens  of one batch
+    """
+    weights = sum(module.weight.numel() for module in linears)
+    ends = sum(sum(module.weight.shape) * module.weight.itemsize for module in linears)
+    return BYTES_PER_WEIGHT_TUNED * weights + int(VALUES_PER_END_TUNED * tokens * ends)
+
+
 @dataclass(frozen=True)
 class BlockLinears:
     """The linears of a block that are quantized.
@@ -41,11 +54,18 @@ class BlockLinears:
     linears  name inside the block -> module
     schemes  of each
     alone    each is solved by itself, in less memory, as on a CPU; not with the others of its group
+    tokens   of a batch, where the block is trained afterwards
     """
 
     linears: Mapping[str, nn.Linear]
     schemes: Mapping[str, QuantScheme]
     alone: bool
+    tokens: int = 0
+
+    def tuning(self) -> int:
+        """What training the block takes; 0 where it is not trained."""
+        tuned = any(scheme.tune for scheme in self.schemes.values())
+        return tuning_bytes(self.linears.values(), self.tokens) if tuned else 0
 
     def workspace(self, names: Collection[str]) -> int:
         """What solving the linears of one group takes."""
@@ -76,7 +96,8 @@ class BlockLinears:
 class BlockNeeds:
     """Bytes on the device, besides what is there when the block has been read.
 
-    fixed      whatever happens: workspace, the next block, what waits to be written, an untouched copy of the block
+    fixed      whatever happens: workspace or what training takes, the next block, what waits to be written, an
+               untouched copy of the block
     waiting    activations of all batches that wait inside the block, where they hold most
     one_batch  the most that one batch holds on its way, with its twin through the original
     outputs    activations of all batches when they leave
@@ -107,7 +128,7 @@ class BlockNeeds:
         workspace = max((together.get(g, 1) * chosen.workspace(g.names) for g in probe.groups), default=0)
         beside = weights + WAITING_BYTES + LIBRARY_BYTES if on_gpu else 0
         return cls(
-            fixed=workspace + (lanes - 1) * weights + beside,
+            fixed=max(workspace, chosen.tuning()) + (lanes - 1) * weights + beside,
             waiting=max((g.live_bytes for g in probe.groups), default=0) * batches * lanes,
             one_batch=probe.peak_bytes * lanes,
             outputs=probe.entering_bytes * batches * lanes,

@@ -26,6 +26,8 @@ SMALL_MODEL = 1 << 30
 STEP_TOKENS = 2048
 SAMPLED_SHARE = 3  # windows to sample for each of the calibration text
 SAMPLED_FILE = "sampled.pt"
+# Adam's two averages, the gradient, and the value itself in float32.
+TRAINED_BYTES = 16
 
 
 class EndToEnd:
@@ -146,6 +148,17 @@ def check_distillable(
         raise UsageError(
             f"{kind} is calibrated with more than tokens, which it cannot sample; give --distill 0"
         )
+
+
+def training_shortage(weights: int, options: DistillOptions, room: int) -> str | None:
+    """One sentence when training the codes of so many weights takes more than ``room`` bytes."""
+    needed = TRAINED_BYTES * weights if options.steps and options.codes else 0
+    if needed <= room:
+        return None
+    return (
+        f"end-to-end tuning of the codes of {weights / 1e6:,.0f} M weights will hold {needed / 2**30:.1f} GiB, "
+        f"{room / 2**30:.1f} are to be had: the run goes on above it; --distill 0 does without"
+    )
 
 
 def distill_options(

@@ -19,10 +19,11 @@ from lightgptq.core.presets import DEFAULT_PRESET, preset
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
 from lightgptq.quantization.blocks import DecoderBlock, find_blocks
+from lightgptq.quantization.budget import activation_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.device import exact_on
 from lightgptq.quantization.distill import DistillOptions
-from lightgptq.quantization.end_to_end import check_distillable, distill_options
+from lightgptq.quantization.end_to_end import check_distillable, distill_options, training_shortage
 from lightgptq.quantization.flow import CalibrationFlow
 from lightgptq.quantization.heap import large_tensors_mapped, quick_collections
 from lightgptq.quantization.inputs import (
@@ -117,6 +118,9 @@ def quantize(
         listener(Progress(0, len(blocks), "read", note=note))
     job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
     training = _training(distill, skeleton, blocks, plan, windows)
+    room = activation_budget(max_memory, skeleton.device, 0)
+    if short := training_shortage(_quantized_weights(blocks, plan), training, room):
+        listener(Progress(0, len(blocks), "read", note=short))
     job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits, "distill": asdict(training)}
     job["allotted"] = {} if target_bits is None else None if restart else previous_allotment(out, job)
     report = find_finished(out, job, restart=restart)
@@ -165,12 +169,16 @@ def _training(
     """What is done end to end; raises where it cannot be."""
     extras = windows is not None and bool(windows.extra)
     if not isinstance(distill, DistillOptions):
-        sizes = {f"{b.name}.{name}": m.weight.numel() for b in blocks for name, m in b.linears().items()}
         plain, seq_len = (windows.samples, windows.seq_len) if windows is not None and not extras else (0, 0)
-        weights = sum(size for name, size in sizes.items() if name in plan.schemes)
-        distill = distill_options(distill, skeleton, weights, plain, seq_len)
+        distill = distill_options(distill, skeleton, _quantized_weights(blocks, plan), plain, seq_len)
     check_distillable(skeleton, blocks, distill, extras=extras)
     return distill
+
+
+def _quantized_weights(blocks: list[DecoderBlock], plan: QuantPlan) -> int:
+    """How many weights of the blocks are quantized."""
+    sizes = {f"{b.name}.{name}": m.weight.numel() for b in blocks for name, m in b.linears().items()}
+    return sum(size for name, size in sizes.items() if name in plan.schemes)
 
 
 def _open(

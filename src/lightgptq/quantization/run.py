@@ -201,7 +201,8 @@ class QuantizeRun:
 
         schemes = {n: self.plan.schemes[f"{block.name}.{n}"] for n in linears}
         steps = max((scheme.tune for scheme in schemes.values()), default=0)
-        chosen = BlockLinears(linears, schemes, alone=self.skeleton.device.type != "cuda")
+        tokens = self.flow.batches[0].numel()
+        chosen = BlockLinears(linears, schemes, alone=self.skeleton.device.type != "cuda", tokens=tokens)
         limit = experts_bytes(max_memory, self.skeleton.device)
         staged = chosen.small_experts(self._independent(block), limit)
         probe = self._probe(block, linears, staged)
