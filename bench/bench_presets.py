@@ -1,6 +1,7 @@
 """What the presets cost: plain GPTQ as published, `fast` and `balanced`, on the first blocks of a Llama-3.2-1B shape.
 
-    python -m bench.bench_presets [--blocks 2] [--samples 128] [--seq-len 512] [--bits 4] [--tiny] [--no-append]
+    python -m bench.bench_presets [--blocks 2] [--samples 128] [--seq-len 512] [--bits 4]
+        [--presets fast,balanced] [--tiny] [--no-append]
 
 All quantize the same random model with the same tokens in one process, one after the other, and are timed per block; a
 line of seconds, stage by stage, and ratios to the plain run goes to bench/results/presets.jsonl.
@@ -30,12 +31,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--presets", default="fast,balanced")
     parser.add_argument("--tiny", action="store_true", help="hidden size 256, to see that it works")
     parser.add_argument("--no-append", action="store_true")
     options = parser.parse_args()
     vocabulary = 512 if options.tiny else 128_256
     schemes = {"plain": QuantScheme(bits=options.bits).with_overrides(PLAIN)}
-    for name in ("fast", "balanced"):
+    for name in options.presets.split(","):
         schemes[name] = lightgptq.preset(name, bits=options.bits)["scheme"]
     windows = random_windows(options.samples, options.seq_len, min(vocabulary, 500))
     results: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +114,15 @@ def quantize(
     windows = None
     if target_bits is not None or distill or any(s.method != "rtn" or s.tune for s in plan.schemes.values()):
         windows = calibration_windows(calibration, skeleton, samples, seq_len, seed, trust_remote_code)
-    for note in _notes(skeleton, plan, windows):
-        listener(Progress(0, len(blocks), "read", note=note))
-    job = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
     training = _training(distill, skeleton, blocks, plan, windows)
-    room = activation_budget(max_memory, skeleton.device, 0)
-    if short := training_shortage(_quantized_weights(blocks, plan), training, room):
-        listener(Progress(0, len(blocks), "read", note=short))
-    job |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits, "distill": asdict(training)}
-    job["allotted"] = {} if target_bits is None else None if restart else previous_allotment(out, job)
-    report = find_finished(out, job, restart=restart)
+    identity = _identity(scheme, rules, config, skeleton, windows, max_shard_bytes)
+    identity |= {"moe_all_experts": moe_all_experts, "target_bits": target_bits, "distill": asdict(training)}
+    identity["allotted"] = (
+        {} if target_bits is None else None if restart else previous_allotment(out, identity)
+    )
+    job = _Job(skeleton, blocks, scheme, plan, windows, training, identity, listener)
+    job.tell_notes(max_memory)
+    report = find_finished(out, identity, restart=restart)
     if report is not None:
         OutputFolder.tidy(out)
         if strict:
@@ -134,29 +133,60 @@ def quantize(
         with OutputFolder(out, replace=restart) as output, _settings(skeleton):
             if restart:
                 output.discard()
-            if target_bits is not None and windows is not None and job["allotted"] is None:
-                job["allotted"] = allotted_rules(
-                    skeleton, blocks, plan, target_bits, windows, output.partial, listener
-                )
-            config = replace(config, dynamic={**job["allotted"], **config.dynamic})
-            plan = QuantPlan.build(skeleton, blocks, config, scheme)
-            _warn_of_conflicts(blocks, plan)
-            flow, original = _flows(skeleton, blocks, plan, windows)
-            run = QuantizeRun(
-                skeleton,
-                blocks,
-                plan,
-                flow,
-                original,
-                job,
-                distill=training,
-                windows=windows,
-                strict=strict,
-                listener=listener,
-            )
+            run = job.prepared(output, target_bits, strict=strict)
             report = run.execute(output, max_memory, max_shard_bytes)
     report.out, report.seconds = out, time.perf_counter() - started
     return report
+
+
+@dataclass
+class _Job:
+    """What was asked for, checked, before anything is computed.
+
+    plan      without the widths that ``target_bits`` allots
+    identity  everything that decides the checkpoint's bytes
+    """
+
+    skeleton: ModelSkeleton
+    blocks: list[DecoderBlock]
+    scheme: QuantScheme
+    plan: QuantPlan
+    windows: CalibrationSet | None
+    training: DistillOptions
+    identity: dict[str, Any]
+    listener: Listener
+
+    def tell_notes(self, max_memory: int | None) -> None:
+        """What a user may want to know before the work starts."""
+        notes = list(_notes(self.skeleton, self.plan, self.windows))
+        room = activation_budget(max_memory, self.skeleton.device, 0)
+        short = training_shortage(_quantized_weights(self.blocks, self.plan), self.training, room)
+        for note in [*notes, short] if short else notes:
+            self.listener(Progress(0, len(self.blocks), "read", note=note))
+
+    def prepared(self, output: OutputFolder, target_bits: float | None, *, strict: bool) -> QuantizeRun:
+        """The run, after widths have been allotted where that was asked for and not done before."""
+        skeleton, blocks, plan, windows = self.skeleton, self.blocks, self.plan, self.windows
+        if target_bits is not None and windows is not None and self.identity["allotted"] is None:
+            self.identity["allotted"] = allotted_rules(
+                skeleton, blocks, plan, target_bits, windows, output.partial, self.listener
+            )
+        config = replace(plan.config, dynamic={**self.identity["allotted"], **plan.config.dynamic})
+        plan = QuantPlan.build(skeleton, blocks, config, self.scheme)
+        _warn_of_conflicts(blocks, plan)
+        flow, original = _flows(skeleton, blocks, plan, windows)
+        return QuantizeRun(
+            skeleton,
+            blocks,
+            plan,
+            flow,
+            original,
+            self.identity,
+            distill=self.training,
+            windows=windows,
+            strict=strict,
+            listener=self.listener,
+        )
 
 
 def _training(
@@ -196,7 +226,6 @@ def _open(
 
 
 def _notes(skeleton: ModelSkeleton, plan: QuantPlan, windows: CalibrationSet | None) -> Iterator[str]:
-    """What a user may want to know before the work starts."""
     for path in skeleton.unknown:
         yield f"{path} holds 3-D weights in a layout that is not known; they stay as they are"
     if plan.config.checkpoint_format == "gptq" and not all(s.sym for s in plan.schemes.values()):
