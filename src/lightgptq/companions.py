@@ -54,6 +54,18 @@ def named_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
+def arithmetic_on(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model stored in ``dtype`` computes in on a device: float32 on a CPU without arithmetic for it.
+
+    PyTorch's bfloat16 products are done value by value on a CPU without AVX-512 or SVE, at a sixth of float32's rate
+    (AMD Zen 3), and its float16 products on every CPU.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    has_bfloat16 = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+    return dtype if dtype == torch.bfloat16 and has_bfloat16 else torch.float32
+
+
 def window_length(config: PretrainedConfig, seq_len: int | None) -> int:
     """Tokens of a window: ``seq_len``, or 2048, or the model's context if that is shorter.
 

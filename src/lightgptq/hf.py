@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.companions import load_config, local_folder, named_dtype
+from lightgptq.companions import arithmetic_on, load_config, local_folder, named_dtype
 from lightgptq.errors import CheckpointError
 from lightgptq.head import quantize_head
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
@@ -38,7 +38,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a GPTQ checkpoint of any tool, or an unquantized model, from a folder or the hub.
 
-    dtype   of activations and unquantized weights: "auto" is the checkpoint's own, or "float32", "bfloat16", "float16"
+    dtype   of activations and unquantized weights: "auto" is the checkpoint's own (for a quantized model float32 on a
+            CPU without arithmetic for it), or "float32", "bfloat16", "float16"
     device  "auto" (a GPU if there is one), "cpu", "cuda", ...
     mode    arithmetic of the quantized products, "exact" or "int8", see `ops.quant_matmul`
     head_bits  round the output head to this many bits, also one tied to the embedding, see `head.quantize_head`; None
@@ -82,7 +83,7 @@ def _load_quantized(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     config = load_config(reader, trust_remote_code=trust_remote_code)
-    chosen = dtype if isinstance(dtype, torch.dtype) else _config_dtype(config)
+    chosen = dtype if isinstance(dtype, torch.dtype) else arithmetic_on(_config_dtype(config), device)
     model = build_empty_model(config, dtype=chosen, trust_remote_code=trust_remote_code)
     fill_buffers(model, device)
     insert_quant_linears(model, reader, quantization, mode)

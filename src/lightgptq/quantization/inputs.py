@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightgptq.checkpoint.reader import CheckpointReader
-from lightgptq.companions import load_tokenizer, local_folder, named_dtype, window_length
+from lightgptq.companions import arithmetic_on, load_tokenizer, local_folder, named_dtype, window_length
 from lightgptq.errors import CalibrationError, UsageError
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.skeleton import ModelSkeleton
@@ -28,13 +28,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, reader: CheckpointReader, device: torch.device) -> torch.dtype:
-    """What the blocks compute in: "auto" is the checkpoint's dtype, but float32 for float16 on a CPU."""
+    """What the blocks compute in: "auto" is the checkpoint's dtype where the device has arithmetic for it."""
     asked = named_dtype(name)
     if asked is not None:
         return asked
     floating = [reader.dtype(n) for n in reader.names() if reader.dtype(n).is_floating_point]
     common = max(set(floating), key=floating.count, default=torch.float32)
-    return torch.float32 if common == torch.float16 and device.type == "cpu" else common
+    return arithmetic_on(common, device)
 
 
 def forward_arguments(

@@ -85,8 +85,8 @@ def quantize(
                  them gets 2, 3, 4 or 8 bits by its measured sensitivity, whatever ``scheme.bits`` says
     lm_head      quantize the output head too
     checkpoint_format  "gptq" or "gptq_v2"
-    dtype        what the blocks compute in while calibrating: "auto" (the checkpoint's, float32 instead of float16 on a
-                 CPU), "float32", "bfloat16" or "float16"
+    dtype        what the blocks compute in while calibrating: "auto" (the checkpoint's, but float32 on a CPU without
+                 arithmetic for it), "float32", "bfloat16" or "float16"
     device       "auto", "cpu", "cuda", "cuda:1", ...
     max_memory   bytes that the process (on a GPU: its allocations) should stay below; decides how activations are held
     moe_all_experts  while calibrating every token goes to every expert, not only to those that its router chose

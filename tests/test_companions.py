@@ -1,0 +1,46 @@
+"""What a checkpoint's dtype computes in on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightgptq
+from lightgptq.companions import arithmetic_on
+
+MODEL = Path(__file__).parents[1] / "examples" / "pep-llama-6m"
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def capability(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_bfloat16_is_computed_in_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: torch.dtype
+) -> None:
+    capability(monkeypatch, name)
+    assert arithmetic_on(torch.bfloat16, CPU) == expected
+
+
+def test_other_dtypes_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability(monkeypatch, "AVX2")
+    assert arithmetic_on(torch.float16, CPU) == torch.float32
+    assert arithmetic_on(torch.float64, CPU) == torch.float64
+    assert arithmetic_on(torch.bfloat16, GPU) == torch.bfloat16
+
+
+def test_a_bfloat16_model_goes_through_a_cpu_without_bfloat16_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A block of 6 M parameters took a minute on such a CPU before."""
+    capability(monkeypatch, "AVX2")
+    scheme = lightgptq.QuantScheme(bits=4)
+    report = lightgptq.quantize(MODEL, tmp_path / "out", scheme, samples=2, seq_len=32)
+    assert report.job["dtype"] == "float32"
+    assert lightgptq.load(tmp_path / "out", device="cpu").dtype == torch.float32
+    model = lightgptq.load(tmp_path / "out", device="cpu", dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
