@@ -7,7 +7,7 @@ import torch
 from tests.oracles import corrected_weight
 
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor
-from lightgptq.core.mismatch import MismatchAccumulator, corrected_target
+from lightgptq.core.mismatch import Correction, MismatchAccumulator
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 
@@ -21,20 +21,23 @@ def inputs(seed: int = 0, tokens: int = 300, in_features: int = 24) -> tuple[tor
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_target_solves_the_least_squares_problem(act_order, monkeypatch):
+@pytest.mark.parametrize("rows", [7, 70])
+def test_target_solves_the_least_squares_problem(rows, act_order, monkeypatch):
     monkeypatch.setattr("lightgptq.core.mismatch.CHUNK_VALUES", 24 * 64)
     X_orig, X_quant = inputs()
-    W = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    W = torch.randn(rows, 24, generator=torch.Generator().manual_seed(1))
     hessian, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
     hessian.add(X_quant)
     mismatch.add(X_orig[:200].view(2, 100, 24), X_quant[:200].view(2, 100, 24))
     mismatch.add(X_orig[200:], X_quant[200:])
     factor = HessianFactor.build(hessian.finish(), QuantScheme(act_order=act_order))
-    target = corrected_target(W, mismatch.finish(), factor)
+    correction = Correction(mismatch.finish(), factor, rows)
+    assert (correction.shared is None) == (rows <= 24)
+    target = correction.target(W)
     expected = corrected_weight(W, X_orig, X_quant, factor.ridge)
     # float32 sums of 300 terms through a system of condition < 1e4.
     assert float((target - expected).abs().max()) < 1e-3
-    half = corrected_target(W, mismatch.finish(), factor, strength=0.5)
+    half = correction.target(W, strength=0.5)
     assert torch.allclose(half, 0.5 * (W + target), atol=1e-5)
 
 
@@ -44,9 +47,8 @@ def test_equal_inputs_leave_the_weight_alone():
     hessian.add(X)
     mismatch.add(X, X)
     W = torch.randn(3, 24)
-    assert torch.equal(
-        corrected_target(W, mismatch.finish(), HessianFactor.build(hessian.finish(), QuantScheme())), W
-    )
+    factor = HessianFactor.build(hessian.finish(), QuantScheme())
+    assert torch.equal(Correction(mismatch.finish(), factor, 3).target(W), W)
 
 
 def test_wrong_shapes_and_broken_values_are_refused():
@@ -60,7 +62,9 @@ def test_wrong_shapes_and_broken_values_are_refused():
         MismatchAccumulator(24).finish()
     factor = HessianFactor.build(torch.eye(24), QuantScheme())
     with pytest.raises(QuantizationError, match="M is"):
-        corrected_target(torch.ones(2, 24), torch.eye(23), factor)
+        Correction(torch.eye(23), factor, 2)
+    with pytest.raises(QuantizationError, match="has 23 inputs"):
+        Correction(torch.eye(24), factor, 2).target(torch.ones(2, 23))
 
 
 def test_panels_of_the_factor_give_the_whole_product(monkeypatch):
@@ -72,4 +76,6 @@ def test_panels_of_the_factor_give_the_whole_product(monkeypatch):
     mismatch.add(X_orig, X_quant)
     factor = HessianFactor.build(hessian.finish(), QuantScheme())
     expected = corrected_weight(W, X_orig, X_quant, factor.ridge)
-    assert float((corrected_target(W, mismatch.finish(), factor) - expected).abs().max()) < 1e-3  # as above
+    assert (
+        float((Correction(mismatch.finish(), factor, 5).target(W) - expected).abs().max()) < 1e-3
+    )  # as above

@@ -15,7 +15,7 @@ from lightgptq.core import grid as grids
 from lightgptq.core import types
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
-from lightgptq.core.mismatch import corrected_target
+from lightgptq.core.mismatch import Correction
 from lightgptq.core.rtn import rtn
 from lightgptq.core.solver import gptq_stacked
 from lightgptq.core.tune import TuneOptions, tune_block
@@ -54,7 +54,8 @@ def test_solving_takes_no_more_than_its_workspace(
         factor = HessianFactor.build(given, scheme)
         weights = [linear.float() for linear in linears]
         if mismatch is not None:
-            weights = [corrected_target(w, mismatch, factor) for w in weights]
+            correction = Correction(mismatch, factor, len(W))
+            weights = [correction.target(w) for w in weights]
         grid = fit_grid(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, factor.importance())
         solved = gptq_stacked(weights, factor, scheme, H=given if scheme.refine else None, grid=grid)
         for linear, q in zip(linears, solved, strict=True):

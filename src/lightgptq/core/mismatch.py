@@ -87,30 +87,47 @@ class MismatchAccumulator:
         return self.M
 
 
-def corrected_target(W: Tensor, M: Tensor, factor: HessianFactor, strength: float = 1.0) -> Tensor:
-    """The weight that the quantized inputs need to give the original's output (module's equation).
+class Correction:
+    """Gives the weights that the quantized inputs need to give the original's output (module's equation).
 
-    W         float (out, in), the original weight, not modified
-    M         float32 (in, in) from ``MismatchAccumulator``
-    factor    of ``H = X_quant^T X_quant``
-    strength  fraction of the correction that is applied, 0 to 1
+    M       float32 (in, in) from ``MismatchAccumulator``
+    factor  of ``H = X_quant^T X_quant``
+    rows    of all weights that will be corrected: where they are more than the inputs, solving with H once for M is
+            cheaper than for each ``W M``
 
-    Returns float32 (out, in). Raises QuantizationError when the shapes contradict each other.
+    Raises QuantizationError when the shapes contradict each other.
     """
-    in_features = factor.in_features
-    if W.shape[1] != in_features or M.shape != (in_features, in_features):
-        raise QuantizationError(
-            f"the weight has {W.shape[1]} inputs, M is {tuple(M.shape)} and H is for {in_features} inputs"
-        )
-    W = W.float()
-    moved, U = (W @ M)[:, factor.perm], factor.U
-    between, solved = torch.empty_like(moved), torch.zeros_like(moved)
-    for start in range(
-        0, in_features, PANEL
-    ):  # two products with a triangle, each for half the price of a square's
+
+    def __init__(self, M: Tensor, factor: HessianFactor, rows: int) -> None:
+        in_features = factor.in_features
+        if M.shape != (in_features, in_features):
+            raise QuantizationError(f"M is {tuple(M.shape)} and H is for {in_features} inputs")
+        self.M, self.factor = M, factor
+        self.shared = _solved(M, factor) if rows > in_features else None
+
+    def target(self, W: Tensor, strength: float = 1.0) -> Tensor:
+        """Float32 (out, in) for an original weight ``W`` (out, in), which is not modified.
+
+        strength  fraction of the correction that is applied, 0 to 1
+        """
+        if W.shape[1] != self.factor.in_features:
+            raise QuantizationError(
+                f"the weight has {W.shape[1]} inputs and H is for {self.factor.in_features}"
+            )
+        W = W.float()
+        if self.shared is not None:
+            return torch.addmm(W, W, self.shared, alpha=strength)
+        return _solved(W @ self.M, self.factor).mul_(strength).add_(W)
+
+
+def _solved(X: Tensor, factor: HessianFactor) -> Tensor:
+    """``X (H + ridge I)^-1`` for X float32 (rows, in): two products with a triangle, each for half a square's price."""
+    X, U, in_features = X[:, factor.perm], factor.U, factor.in_features
+    between, solved = torch.empty_like(X), torch.zeros_like(X)
+    for start in range(0, in_features, PANEL):
         rows = slice(start, start + PANEL)
-        torch.mm(moved[:, start:], U[rows, start:].t(), out=between[:, rows])
+        torch.mm(X[:, start:], U[rows, start:].t(), out=between[:, rows])
         solved[:, start:].addmm_(between[:, rows], U[rows, start:])
-    correction = torch.empty_like(W)
-    correction[:, factor.perm] = solved
-    return W + strength * correction
+    result = X  # a copy, no longer needed
+    result[:, factor.perm] = solved
+    return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightgptq.checkpoint.packing import pack
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
-from lightgptq.core.mismatch import corrected_target
+from lightgptq.core.mismatch import Correction
 from lightgptq.core.obq import obq
 from lightgptq.core.rtn import rtn
 from lightgptq.core.scheme import QuantScheme
@@ -73,12 +73,13 @@ class GroupSolver:
         wanted = {name: self.plan.schemes[name] for name in linears}
         H, tokens, problem = self._known(linears, inputs)
         factors: dict[tuple[float, bool], HessianFactor] = {}
+        corrections: dict[tuple[float, bool], Correction] = {}
         for names in _together(linears, wanted):
             scheme, trouble = wanted[names[0]], problem
+            key = (scheme.damp, scheme.act_order)
             factor: HessianFactor | None = None
             weights = [self._weight(name, linears[name]) for name in names]
             if scheme.method != "rtn" and H is not None:
-                key = (scheme.damp, scheme.act_order)
                 try:
                     with stage("factor"):
                         factor = factors[key] = factors.get(key) or HessianFactor.build(H, scheme)
@@ -86,9 +87,12 @@ class GroupSolver:
                     trouble = str(error)
             energies = [_energy(W, H) for W in weights]
             if factor is not None and inputs.mismatch is not None and scheme.mismatch > 0:
-                M = inputs.mismatch.finish()
                 with stage("sweep"):
-                    weights = [corrected_target(W, M, factor, scheme.mismatch) for W in weights]
+                    rows = sum(module.out_features for module in linears.values())
+                    correction = corrections[key] = corrections.get(key) or Correction(
+                        inputs.mismatch.finish(), factor, rows
+                    )
+                    weights = [correction.target(W, scheme.mismatch) for W in weights]
             solved = _solve(names, weights, scheme, H, factor)
             for name, quantized, energy in zip(names, solved, energies, strict=True):
                 self._record(name, scheme, quantized, factor, tokens, energy, trouble)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightgptq.core.hessian import HessianFactor
-from lightgptq.core.mismatch import corrected_target
+from lightgptq.core.mismatch import Correction
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import fit_grid_batch, gptq_batch
 from lightgptq.core.types import QuantizedWeight
@@ -65,7 +65,7 @@ def solve_together(groups: list[Stacked]) -> list[Solved | None]:
     for at, factor in factors.items():
         group = groups[at]
         if group.M is not None:
-            group.W = corrected_target(group.W, group.M, factor, scheme.mismatch)
+            group.W = Correction(group.M, factor, len(group.W)).target(group.W, scheme.mismatch)
     try:
         W = torch.stack([groups[at].W for at in factors])
         for group in groups:
