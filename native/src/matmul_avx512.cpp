@@ -212,6 +212,7 @@ struct Avx512 {
   }
 
   static constexpr bool has_row(int T) { return T == kInt8 || has_digits(T); }
+  static constexpr int panel_units(int, int) { return 0; }
 
   template <int BITS, int T>
   static void row(const RowArgs &a) {

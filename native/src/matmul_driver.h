@@ -6,6 +6,10 @@
 //                                                                              1 / AHEAD of the next one, 0: nothing
 //   static constexpr bool has_row(T)                                           whether it has, for a product of one row,
 //   template <int BITS, int T> static void row(RowArgs)                        totals = all segments
+//   static constexpr int panel_units(BITS, T)                                  0, or units that are unpacked at once for
+//   template <int BITS, int T> static void unpack(codes, units, const Grid &,  all tiles; then it has no tile but
+//                                                 uint8_t *panel)              panel_tile, whose `codes` are what
+//   template <int BITS, int T, int MR> static void panel_tile(TileArgs)        unpack left
 //   static void store_row(const float *totals, const float *bias, void *y, ...)
 //   static int64_t word_bytes(T)                                               bytes of prepared activation per input
 //
@@ -35,6 +39,9 @@ constexpr int kTileRows = 4;
 // fetches everything: half of it fetched and half not is worse still (8 rows: 561 against 387 microseconds).
 constexpr int kShares = 4;
 constexpr int64_t kBand = 64;  // rows whose totals (16 KiB) stay in the first-level cache through all segments
+
+// What codes are unpacked to: bytes of a segment or floats of a unit.
+constexpr int kPanelBytes = kUnit * kBlock * 4;
 
 struct Tile {
   int64_t start;
@@ -192,6 +199,61 @@ void multiply_row_as(const Product &p, int64_t begin, int64_t end) {
   }
 }
 
+// The rows [top, bottom) of all `rows`, and where their sums go.
+struct Band {
+  int64_t top, bottom, rows;
+  float *totals;
+
+  TileArgs tile(TileArgs args, const Activations &x, int64_t input_bytes, int64_t row, int64_t unit, int64_t s) const {
+    const int height = tile_of(row, rows).rows;
+    args.x = x.words + row * x.row_bytes + unit * kUnit * input_bytes * height;
+    args.init = x.init + row * x.segments + s * height;
+    args.scale = x.scale + row * x.segments + s * height;
+    args.totals = totals + (row - top) * kBlock;
+    return args;
+  }
+};
+
+// Every tile of a band with the codes of segment s, whose first unit is `unit`.
+template <class Kernel, int BITS, int T>
+inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &segment, int64_t unit, int64_t s, const Activations &x, const Band &band) {
+  const bool many = band.bottom - band.top >= kShares * kTileRows;
+  const uint8_t *next = segment.codes + segment.units * segment.unit_bytes;
+  for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
+    TileArgs args = band.tile(segment, x, Kernel::word_bytes(T), row, unit, s);
+    const int64_t index = (row - band.top) / kTileRows;
+    args.next = next + (many ? index * (args.unit_bytes / kShares) : 0);
+    if (tile_of(row, band.rows).rows == 1)
+      Kernel::template tile<BITS, T, 1, 0>(args);
+    else if (many && index < kShares)
+      Kernel::template tile<BITS, T, kTileRows, kShares>(args);
+    else if (!many && index == 1)
+      Kernel::template tile<BITS, T, kTileRows, 1>(args);
+    else
+      Kernel::template tile<BITS, T, kTileRows, 0>(args);
+  }
+}
+
+// The same with codes that are unpacked first.
+template <class Kernel, int BITS, int T>
+void multiply_panels(const TileArgs &segment, int64_t unit, int64_t s, const Activations &x, const Band &band) {
+  constexpr int most = Kernel::panel_units(BITS, T);
+  alignas(64) uint8_t panel[kPanelBytes];
+  for (int u = 0; u < segment.units; u += most) {
+    TileArgs part = segment;
+    part.units = segment.units - u < most ? segment.units - u : most;
+    Kernel::template unpack<BITS, T>(segment.codes + u * segment.unit_bytes, part.units, *segment.grid, panel);
+    part.codes = panel;
+    for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
+      const TileArgs args = band.tile(part, x, Kernel::word_bytes(T), row, unit + u, s);
+      if (tile_of(row, band.rows).rows == 1)
+        Kernel::template panel_tile<BITS, T, 1>(args);
+      else
+        Kernel::template panel_tile<BITS, T, kTileRows>(args);
+    }
+  }
+}
+
 template <class Kernel, int BITS, int T>
 void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
   if constexpr (Kernel::has_row(T))
@@ -202,7 +264,7 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
   alignas(64) float bias[kBlock];
   Grid grid;
   grid.symmetric = h.symmetric != 0;
-  TileArgs args;
+  TileArgs args{};
   args.unit_bytes = static_cast<int64_t>(kUnit) * kBlock * BITS / 8;
   args.grid = &grid;
   for (int64_t block = begin; block < end; ++block) {
@@ -210,34 +272,18 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
     const int count = load_bias(p, block, bias);
     for (int64_t top = 0; top < p.rows; top += kBand) {
       const int64_t bottom = p.rows - top < kBand ? p.rows : top + kBand;
-      const bool many = bottom - top >= kShares * kTileRows;
       std::memset(totals, 0, static_cast<size_t>(padded_rows(bottom - top)) * kBlock * sizeof(float));
       for (int64_t s = 0; s < h.segments; ++s) {
         const Segment &segment = p.w.segments[s];
         const int64_t at = (block * h.groups + segment.group) * kBlock;
         Kernel::template grid<BITS, T>(p.w.scales + at, p.w.zeros + at, &grid);
         args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
-        const uint8_t *next = args.codes + segment.units * args.unit_bytes;
         args.units = segment.units;
-        for (int64_t row = top; row < bottom;) {
-          const int rows = tile_of(row, p.rows).rows;
-          const int64_t words = static_cast<int64_t>(segment.unit) * kUnit * Kernel::word_bytes(T) * rows;
-          args.x = x.words + row * x.row_bytes + words;
-          args.init = x.init + row * x.segments + s * rows;
-          args.scale = x.scale + row * x.segments + s * rows;
-          args.totals = totals + (row - top) * kBlock;
-          const int64_t index = (row - top) / kTileRows;
-          args.next = next + (many ? index * (args.unit_bytes / kShares) : 0);
-          if (rows == 1)
-            Kernel::template tile<BITS, T, 1, 0>(args);
-          else if (many && index < kShares)
-            Kernel::template tile<BITS, T, kTileRows, kShares>(args);
-          else if (!many && index == 1)
-            Kernel::template tile<BITS, T, kTileRows, 1>(args);
-          else
-            Kernel::template tile<BITS, T, kTileRows, 0>(args);
-          row += kTileRows;
-        }
+        const Band band{top, bottom, p.rows, totals};
+        if constexpr (Kernel::panel_units(BITS, T) > 0)
+          multiply_panels<Kernel, BITS, T>(args, segment.unit, s, x, band);
+        else
+          multiply_tiles<Kernel, BITS, T>(args, segment.unit, s, x, band);
       }
       for (int64_t row = top; row < bottom; ++row)
         Kernel::store_row(totals + (row - top) * kBlock, bias, p.y, p.dtype, row * p.y_stride + first, count);

@@ -27,6 +27,7 @@ struct QuadKernel {
   static int code_offset(const Product &) { return 0; }
   static constexpr int64_t word_bytes(int T) { return T == kFloat ? 4 : digits_of(T); }
   static constexpr bool has_row(int) { return false; }
+  static constexpr int panel_units(int, int) { return 0; }
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
     for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);
