@@ -76,6 +76,27 @@ def test_product_equals_float64_product(isa, bits, shape, sym, act_order):
             assert_close(ops.quant_matmul(x, weight, bias, "int8"), x, W, bias, INT8)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_codes_and_activations_do_not_overflow(isa, bits, rows):
+    """AVX2 sums products of bytes in 16 bits: 128 inputs with every product at its largest."""
+    q = random_quantized(70, 256, bits, 128, sym=False, act_order=False)
+    q.codes.fill_((1 << bits) - 1)
+    q.zeros.fill_(1)
+    W, weight, bias = dequantized(q), prepared(q), torch.zeros(70)
+    # int8: 127 each. Fixed point: 0x3F8000 and 0x3F808080, whose lower digits are -128.
+    for dtype, value in (
+        (torch.float32, 0x3F808080 * 2.0**-29),
+        (torch.bfloat16, 0x3F8000 * 2.0**-21),
+        (torch.float16, 0x3F8000 * 2.0**-21),
+    ):
+        for sign in (1, -1):
+            x = torch.full((rows, 256), sign * value, dtype=dtype)
+            assert float(x[0, 0]) == sign * value
+            assert_close(ops.quant_matmul(x, weight, bias, "exact"), x, W, bias, EXACT)
+            assert_close(ops.quant_matmul(x, weight, bias, "int8"), x, W, bias, EXACT)
+
+
 def test_int8_is_the_same_on_every_instruction_set():
     q = random_quantized(70, 172, 4, 32, sym=False, act_order=True)
     weight, x = prepared(q), torch.randn(19, 172)
