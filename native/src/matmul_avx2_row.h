@@ -1,11 +1,11 @@
 // One row with AVX2: memory would be the limit if codes took fewer instructions, so nothing may wait for memory meanwhile.
 //
-// Codes are fetched ahead in the order in which they lie. Without that the exact kernels reach 0.70 (4 bits), 0.59 (3) and
-// 0.70 (2) of the bandwidth instead of 0.91, 0.75 and 0.84 (Zen 3, 4 KiB pages; the hardware's own prefetch stops at
-// a page's end), and reading a segment in four strided passes costs more than any instruction saved (0.37 at 4 bits).
+// Codes are fetched ahead in the order in which they lie. Without that the exact kernels reach 0.70 (4 bits), 0.59 (3) and 0.70 (2)
+// of the bandwidth instead of 0.91, 0.72 and 0.84 (Zen 3, 4 KiB pages), and int8 0.73 instead of 0.84 at 3 bits, 0.63
+// instead of 0.78 at 2. Reading a segment in four strided passes costs more than it saves instructions (0.37 at 4 bits).
 //
-// digits: sums of 16 bits for two registers of outputs and three or four digits fill the registers; those that hold more
-// than one unit stay in memory in between, those of 32 bits always.
+// digits: the sums of 16 bits for two registers of outputs and three or four digits fill the registers; those of 32 bits stay
+// in memory.
 #pragma once
 
 #include "matmul_avx2_codes.h"
@@ -113,7 +113,9 @@ LGQ_INLINE void quad_wide_row(const uint8_t *codes, const int32_t *x, __m256i (&
 
 template <int BITS, int Q>
 LGQ_INLINE void quad_row(const uint8_t *codes, const int32_t *x, __m256i (&sum)[kHalves]) {
-  if constexpr (BITS < 4 && !quad_is_split(BITS, Q) && quad_shift(BITS, Q) == 0) fetch_ahead(codes + quad_run(BITS, Q) * kRunBytes, 4);
+  // Reads of wider codes run far enough ahead by themselves.
+  constexpr bool fetches = BITS < 4 && !quad_is_split(BITS, Q) && quad_shift(BITS, Q) == 0;
+  if constexpr (fetches) fetch_ahead(codes + quad_run(BITS, Q) * kRunBytes, 4);
   if constexpr (BITS == 8)
     quad_wide_row<Q>(codes, x, sum);
   else
@@ -171,7 +173,8 @@ LGQ_INLINE void segment_floats(const RowArgs &a, const Segment &segment, int64_t
 #pragma GCC unroll 8
     for (int n = 0; n < kHalves; ++n) {
       const __m256i bytes = run_at(codes + n * 32, 0);
-      acc[n] = byte_product<3>(bytes, x, byte_product<2>(bytes, x, byte_product<1>(bytes, x, byte_product<0>(bytes, x, acc[n]))));
+      acc[n] = byte_product<1>(bytes, x, byte_product<0>(bytes, x, acc[n]));
+      acc[n] = byte_product<3>(bytes, x, byte_product<2>(bytes, x, acc[n]));
     }
   }
 #pragma GCC unroll 8
