@@ -75,7 +75,10 @@ def main() -> None:
     try:
         for bits, group_size in SCHEMES.items():
             for method in ("rtn", "gptq"):
-                scheme = lightgptq.QuantScheme(bits=bits, group_size=group_size, method=method)
+                if method == "gptq":  # as `lightgptq quantize` does it when nothing else is said
+                    scheme = lightgptq.preset("balanced", bits=bits, group_size=group_size)["scheme"]
+                else:
+                    scheme = lightgptq.QuantScheme(bits=bits, group_size=group_size, method=method)
                 out = work / f"{method}-{bits}"
                 with ProgressDisplay(console) as listener:
                     report = lightgptq.quantize(

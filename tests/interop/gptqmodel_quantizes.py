@@ -5,7 +5,8 @@
 
 Runs in an environment of GPTQModel's own. WINDOWS.jsonl comes from export_windows.py. ``--best`` is
 act-order with an mse search of exponent 2.4, the settings with the lowest divergence among those that
-GPTQModel documents.
+GPTQModel documents. ``--gptaq`` adds its correction for the quantized model's inputs, with its default
+strength.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import gptqmodel
 import torch
-from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel import GPTAQConfig, GPTQModel, QuantizeConfig
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--gptaq", action="store_true")
     parser.add_argument("--format", default="gptq")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -48,6 +50,8 @@ def main() -> None:
         options.update(desc_act=True, act_group_aware=False)
     if args.best:
         options.update(mse=2.4)
+    if args.gptaq:
+        options.update(gptaq=GPTAQConfig())
     windows = [json.loads(line)["input_ids"] for line in args.windows.read_text().splitlines()]
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows]
     torch.manual_seed(0)
@@ -62,6 +66,7 @@ def main() -> None:
         **{name: options[name] for name in ("bits", "group_size", "sym", "format")},
         "desc_act": options.get("desc_act", False),
         "mse": options.get("mse", 0.0),
+        "gptaq": options["gptaq"].alpha if args.gptaq else None,
         "windows": len(windows),
         "seconds": round(seconds, 1),
     }

@@ -12,7 +12,7 @@ from tests.oracles import correlated_problem
 
 from lightgptq import QuantScheme, native
 from lightgptq.core import grid as grids
-from lightgptq.core import types
+from lightgptq.core import refine, types
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import Correction
@@ -35,6 +35,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(grids, "SEARCH_VALUES", grids.GPU_SEARCH_VALUES)
     monkeypatch.setattr(types, "PANEL_VALUES", 1 << 12)
+    monkeypatch.setattr(refine, "STRIP_ROWS", 1 << 30)
 
 
 @pytest.mark.parametrize("scheme", [FAST, BALANCED], ids=["fast", "balanced"])

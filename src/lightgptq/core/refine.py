@@ -25,7 +25,6 @@ BLOCKS_AT_ONCE = 4  # blocks whose columns of (W - Q) H are computed in one prod
 STRIP_ROWS = (
     512  # rows that go through all blocks before the next ones do: what a block takes of them stays in cache
 )
-SCALE_FACTORS = (1.0, 0.92, 1.08)  # tried for every group; three more (and the other sign) gain under 1 %
 BLOCK_DAMP = 1e-4  # of the mean diagonal of H_BB, so that a block with repeated inputs can be factored
 Columns = Tensor | slice
 
@@ -92,7 +91,7 @@ def refine(
     """Codes and grid whose loss is at or below the one given, row by row.
 
     One round re-solves every group with its scale. Of more than one, each first refits all scales jointly and re-solves
-    shuffled blocks of columns, and tries other scales for every group.
+    shuffled blocks of columns.
 
     W       float32 (out, in), what the codes stand for
     H       float32 (in, in)
@@ -109,7 +108,6 @@ def refine(
     generator = torch.Generator().manual_seed(0)
     members = (torch.nonzero(g_idx == group).flatten() for group in range(grid.scales.shape[0]))
     groups = _blocks(_Block.of(H, indices, scheme, group) for group, indices in enumerate(members))
-    factors = SCALE_FACTORS if rounds > 1 else SCALE_FACTORS[:1]
     codes = codes.clone()
     for _ in range(rounds):
         grid = refit_scales(W, H, codes, grid, g_idx) if rounds > 1 else grid
@@ -119,13 +117,14 @@ def refine(
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
             pieces = (piece.sort().values for piece in order.split(BLOCK_COLUMNS))
             shuffled = _blocks(_Block.of(H, indices, scheme, None) for indices in pieces)
-        for start in range(0, W.shape[0], STRIP_ROWS):
-            rows = slice(start, start + STRIP_ROWS)
+        many = W.shape[0] if W.is_cuda else STRIP_ROWS
+        for start in range(0, W.shape[0], many):
+            rows = slice(start, start + many)
             own = Grid(grid.scales[:, rows], grid.zeros[:, rows])
             D = W[rows] - dequantize_codes(codes[rows], own, g_idx)
             strip = _Rows(W[rows], D, codes[rows], own, g_idx)
-            _solve(strip, H, shuffled, scheme, factors)
-            _solve(strip, H, groups, scheme, factors)
+            _solve(strip, H, shuffled, scheme)
+            _solve(strip, H, groups, scheme)
     return codes, grid
 
 
@@ -146,23 +145,19 @@ def _part(H: Tensor, rows: Columns, columns: Columns) -> Tensor:
     return H[rows.unsqueeze(1), columns]
 
 
-def _solve(
-    rows: _Rows, H: Tensor, blocks: Sequence[_Block], scheme: QuantScheme, factors: tuple[float, ...]
-) -> None:
+def _solve(rows: _Rows, H: Tensor, blocks: Sequence[_Block], scheme: QuantScheme) -> None:
     """Re-solve blocks in turn. What one needs of ``D H`` is computed when its turn comes: one product with H in all."""
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         present = blocks[start : start + BLOCKS_AT_ONCE]
         together = _as_slice(torch.cat([block.indices for block in present]))
         pulls = (rows.D @ H[:, together]).split([len(block.indices) for block in present], dim=1)
         for at, block in enumerate(present):
-            move = _solve_block(rows, block, pulls[at], scheme, factors)
+            move = _solve_block(rows, block, pulls[at], scheme)
             for later in range(at + 1, len(present)):
                 pulls[later].addmm_(move, _part(H, block.columns, present[later].columns), alpha=-1)
 
 
-def _solve_block(
-    rows: _Rows, block: _Block, R: Tensor, scheme: QuantScheme, factors: tuple[float, ...]
-) -> Tensor:
+def _solve_block(rows: _Rows, block: _Block, R: Tensor, scheme: QuantScheme) -> Tensor:
     """Re-solves one block of every row given its others; rows that gain take the result. Returns what Q gained.
 
     R  float32 (rows, n), ``D H`` in the block's columns
@@ -180,7 +175,7 @@ def _solve_block(
     else:
         grid = Grid(grid.scales[group : group + 1], grid.zeros[group : group + 1])
         g_idx = torch.zeros_like(g_idx)
-        proposals = _rescaled(grid, block, ordered, target, scheme, factors)
+        proposals = _rescaled(grid, block, ordered, target, scheme)
     won = torch.zeros(len(R), dtype=torch.bool, device=R.device)
     for codes, proposed, loss in proposals:
         wins = loss < best_loss
@@ -219,29 +214,26 @@ def _rescaled(
     ordered: Tensor,
     target: Tensor,
     scheme: QuantScheme,
-    factors: tuple[float, ...],
 ) -> Iterator[tuple[Tensor, Grid, Tensor]]:
-    """The same for a group with several scales, and for each with the scale that suits its codes.
+    """The same for a group, with its scale as it is and with the one that suits the codes found.
 
     With e the error and z the steps (code - zero), the loss ``e H e`` changes by ``-2 d (z H e) + d^2 (z H z)`` where
     the scale changes by d.
     """
     one_group = torch.zeros(len(block.inverse), dtype=torch.int32, device=target.device)
-    shifts = (0,) if scheme.sym else (0, -1, 1)
-    for factor in factors:
-        for shift in shifts if factor == 1.0 else (0,):
-            zeros = (grid.zeros + shift).clamp(1, scheme.max_code) if shift else grid.zeros
-            tried = Grid(round_scales(grid.scales * factor), zeros)
-            codes, _ = sweep(ordered, block.factor.U, tried, one_group, scheme.max_code)
-            codes = codes[:, block.inverse]
-            steps = codes.float().sub_(zeros.t())
-            error = torch.addcmul(target, steps, tried.scales.t(), value=-1)
-            pulled = error @ block.H
-            loss = error.mul_(pulled).sum(dim=1)
-            yield codes, tried, loss
-            pull = pulled.mul_(steps).sum(dim=1)
-            norm = (steps @ block.H).mul_(steps).sum(dim=1)
-            best = torch.where(norm > 0, tried.scales[0] + pull / norm, tried.scales[0])
-            best = round_scales(torch.where(best == 0, tried.scales[0], best))
-            change = best - tried.scales[0]
-            yield codes, Grid(best[None], zeros), loss - change * (2 * pull - change * norm)
+    for shift in (0,) if scheme.sym else (0, -1, 1):
+        zeros = (grid.zeros + shift).clamp(1, scheme.max_code) if shift else grid.zeros
+        tried = Grid(grid.scales, zeros)
+        codes, _ = sweep(ordered, block.factor.U, tried, one_group, scheme.max_code)
+        codes = codes[:, block.inverse]
+        steps = codes.float().sub_(zeros.t())
+        error = torch.addcmul(target, steps, grid.scales.t(), value=-1)
+        pulled = error @ block.H
+        loss = error.mul_(pulled).sum(dim=1)
+        yield codes, tried, loss
+        pull = pulled.mul_(steps).sum(dim=1)
+        norm = (steps @ block.H).mul_(steps).sum(dim=1)
+        best = torch.where(norm > 0, grid.scales[0] + pull / norm, grid.scales[0])
+        best = round_scales(torch.where(best == 0, grid.scales[0], best))
+        change = best - grid.scales[0]
+        yield codes, Grid(best[None], zeros), loss - change * (2 * pull - change * norm)

@@ -13,8 +13,8 @@ from lightgptq.quantization.siblings import Item
 from lightgptq.quantization.writeback import WAITING_BYTES
 
 # Copies of the weights that are solved together, in bytes per weight: two of them joined in solving order and
-# transposed, codes, what was rounded and its error; refinement holds targets and residuals as well. Measured.
-BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 46
+# transposed, codes, what was rounded and its error; refinement holds targets and errors as well. Measured.
+BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 38
 # Training a block: targets and codes, positions with their gradient and Adam's two averages, a weight's way from
 # position to product and back; and for each token and end of a linear what the way back needs, in values. Measured.
 BYTES_PER_WEIGHT_TUNED, VALUES_PER_END_TUNED = 38, 1.5
