@@ -36,7 +36,7 @@ def test_other_dtypes_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bfloat16_model_goes_through_a_cpu_without_bfloat16_in_float32(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A block of 6 M parameters took a minute on such a CPU before."""
+    """A run on such a CPU took four times as long before."""
     capability(monkeypatch, "AVX2")
     scheme = lightgptq.QuantScheme(bits=4)
     report = lightgptq.quantize(MODEL, tmp_path / "out", scheme, samples=2, seq_len=32)

@@ -216,7 +216,8 @@ struct Band {
 
 // Every tile of a band with the codes of segment s, whose first unit is `unit`.
 template <class Kernel, int BITS, int T>
-inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &segment, int64_t unit, int64_t s, const Activations &x, const Band &band) {
+inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &segment, int64_t unit, int64_t s,
+                                                          const Activations &x, const Band &band) {
   const bool many = band.bottom - band.top >= kShares * kTileRows;
   const uint8_t *next = segment.codes + segment.units * segment.unit_bytes;
   for (int64_t row = band.top; row < band.bottom; row += kTileRows) {

@@ -76,6 +76,5 @@ def test_panels_of_the_factor_give_the_whole_product(monkeypatch):
     mismatch.add(X_orig, X_quant)
     factor = HessianFactor.build(hessian.finish(), QuantScheme())
     expected = corrected_weight(W, X_orig, X_quant, factor.ridge)
-    assert (
-        float((Correction(mismatch.finish(), factor, 5).target(W) - expected).abs().max()) < 1e-3
-    )  # as above
+    target = Correction(mismatch.finish(), factor, 5).target(W)
+    assert float((target - expected).abs().max()) < 1e-3  # as above

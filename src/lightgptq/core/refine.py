@@ -22,9 +22,9 @@ from lightgptq.core.sweep import sweep
 
 BLOCK_COLUMNS = 128  # columns of a shuffled block; 64 and 256 end within 1 % of the same loss
 BLOCKS_AT_ONCE = 4  # blocks whose columns of (W - Q) H are computed in one product
-STRIP_ROWS = (
-    512  # rows that go through all blocks before the next ones do: what a block takes of them stays in cache
-)
+# Rows that go through a few blocks before the next ones do. On a CPU what a block takes of so many stays in cache; on a
+# GPU every step costs a launch, however few the rows, and all go at once.
+STRIP_ROWS = 512
 BLOCK_DAMP = 1e-4  # of the mean diagonal of H_BB, so that a block with repeated inputs can be factored
 Columns = Tensor | slice
 
@@ -33,14 +33,16 @@ Columns = Tensor | slice
 class _Block:
     """Columns that are solved together, and what all rows need of H there.
 
-    columns  int64 (n,), in order, or the slice that they are
+    indices  int64 (n,), in order
+    columns  the same, or the slice that they are
     H        float32 (n, n)
     U        float32 (n, n), ``H^-1 = U^T U``; `factor` holds it in solving order
+    inverse  int64 (n,), place of each column in that order
     group    which group they are; None for a block of any columns
     """
 
-    columns: Columns
     indices: Tensor
+    columns: Columns
     H: Tensor
     U: Tensor
     factor: HessianFactor
@@ -57,12 +59,12 @@ class _Block:
         factor = HessianFactor.build(H_BB, scheme.with_overrides({"act_order": True, "damp": BLOCK_DAMP}))
         U = torch.empty_like(factor.U)
         U[:, factor.perm] = factor.U
-        return cls(columns, indices, H_BB, U, factor, torch.argsort(factor.perm), group)
+        return cls(indices, columns, H_BB, U, factor, torch.argsort(factor.perm), group)
 
 
 @dataclass
 class _Rows:
-    """Rows that are being refined; D, codes, scales and zeros are views that are changed in place.
+    """Rows that are being refined; D, codes, scales and zeros are changed in place.
 
     W      float32 (rows, in): what the codes stand for
     D      float32 (rows, in): W less the quantized weight
@@ -75,6 +77,14 @@ class _Rows:
     codes: Tensor
     grid: Grid
     g_idx: Tensor
+
+    def strips(self) -> Iterator[_Rows]:
+        """Views of the rows, a few at a time."""
+        many = len(self.W) if self.W.is_cuda else STRIP_ROWS
+        for start in range(0, len(self.W), many):
+            rows = slice(start, start + many)
+            grid = Grid(self.grid.scales[:, rows], self.grid.zeros[:, rows])
+            yield _Rows(self.W[rows], self.D[rows], self.codes[rows], grid, self.g_idx)
 
 
 def refine(
@@ -117,14 +127,9 @@ def refine(
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
             pieces = (piece.sort().values for piece in order.split(BLOCK_COLUMNS))
             shuffled = _blocks(_Block.of(H, indices, scheme, None) for indices in pieces)
-        many = W.shape[0] if W.is_cuda else STRIP_ROWS
-        for start in range(0, W.shape[0], many):
-            rows = slice(start, start + many)
-            own = Grid(grid.scales[:, rows], grid.zeros[:, rows])
-            D = W[rows] - dequantize_codes(codes[rows], own, g_idx)
-            strip = _Rows(W[rows], D, codes[rows], own, g_idx)
-            _solve(strip, H, shuffled, scheme)
-            _solve(strip, H, groups, scheme)
+        rows = _Rows(W, W - dequantize_codes(codes, grid, g_idx), codes, grid, g_idx)
+        _solve(rows, H, shuffled, scheme)
+        _solve(rows, H, groups, scheme)
     return codes, grid
 
 
@@ -149,12 +154,14 @@ def _solve(rows: _Rows, H: Tensor, blocks: Sequence[_Block], scheme: QuantScheme
     """Re-solve blocks in turn. What one needs of ``D H`` is computed when its turn comes: one product with H in all."""
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         present = blocks[start : start + BLOCKS_AT_ONCE]
-        together = _as_slice(torch.cat([block.indices for block in present]))
-        pulls = (rows.D @ H[:, together]).split([len(block.indices) for block in present], dim=1)
-        for at, block in enumerate(present):
-            move = _solve_block(rows, block, pulls[at], scheme)
-            for later in range(at + 1, len(present)):
-                pulls[later].addmm_(move, _part(H, block.columns, present[later].columns), alpha=-1)
+        H_together = H[:, _as_slice(torch.cat([block.indices for block in present]))]
+        widths = [len(block.indices) for block in present]
+        for strip in rows.strips():
+            pulls = (strip.D @ H_together).split(widths, dim=1)
+            for at, block in enumerate(present):
+                move = _solve_block(strip, block, pulls[at], scheme)
+                for later in range(at + 1, len(present)):
+                    pulls[later].addmm_(move, _part(H, block.columns, present[later].columns), alpha=-1)
 
 
 def _solve_block(rows: _Rows, block: _Block, R: Tensor, scheme: QuantScheme) -> Tensor:
