@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightgptq.checkpoint.config import GPTQCheckpointConfig, has_permuted_groups, rule_fields
+from lightgptq.checkpoint.config import GPTQCheckpointConfig, rule_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import CheckpointError
 
@@ -23,6 +23,7 @@ schemes = st.builds(
     method=st.sampled_from(("gptq", "rtn", "obq")),
     act_order=st.booleans(),
     static_groups=st.booleans(),
+    group_aware=st.booleans(),
     damp=st.sampled_from((0.0, 0.01, 0.05)),
 )
 
@@ -54,7 +55,7 @@ def test_the_scheme_survives_the_file(scheme: QuantScheme) -> None:
         scheme.damp,
     )
     assert back.act_order == scheme.act_order
-    assert has_permuted_groups(back) == has_permuted_groups(scheme)
+    assert back.permuted_groups == scheme.permuted_groups
 
 
 def test_desc_act_is_written_only_for_permuted_groups() -> None:
@@ -65,6 +66,7 @@ def test_desc_act_is_written_only_for_permuted_groups() -> None:
     assert written(act_order=True, static_groups=True) == (False, True)
     assert written(act_order=True, static_groups=False) == (True, False)
     assert written(act_order=True, static_groups=False, group_size=-1) == (False, False)
+    assert written(act_order=True, static_groups=False, group_aware=True) == (False, False)
     assert written(act_order=False, static_groups=False) == (False, False)
 
 

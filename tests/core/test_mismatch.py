@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.oracles import corrected_weight
@@ -41,6 +43,39 @@ def test_target_solves_the_least_squares_problem(rows, act_order, monkeypatch):
     assert torch.allclose(half, 0.5 * (W + target), atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [7, 70])
+def test_a_mismatch_of_some_tokens_is_solved_with_their_own_hessian(rows):
+    X_orig, X_quant = inputs()
+    W = torch.randn(rows, 24, generator=torch.Generator().manual_seed(1))
+    rest, followed, mismatch = HessianAccumulator(24), HessianAccumulator(24), MismatchAccumulator(24)
+    rest.add(X_quant[100:])
+    followed.add(X_quant[:100])
+    mismatch.add(X_orig[:100], X_quant[:100])
+    rest.include(followed)
+    assert rest.tokens == 300
+    factor = HessianFactor.build(rest.finish(), QuantScheme())
+    own = followed.H.clone()
+    target = Correction(mismatch.finish(), factor, rows, followed.H).target(W)
+    ridge = factor.damp * float(own.diagonal().mean())
+    assert float((target - corrected_weight(W, X_orig[:100], X_quant[:100], ridge)).abs().max()) < 1e-3
+    assert torch.equal(followed.H, own)
+
+
+def test_a_hessian_of_few_tokens_and_dead_inputs_is_damped_until_it_factors():
+    X_orig, X_quant = inputs(tokens=10)
+    X_orig[:, 3] = X_quant[:, 3] = 0.0
+    followed, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
+    followed.add(X_quant)
+    mismatch.add(X_orig, X_quant)
+    factor = replace(HessianFactor.build(torch.eye(24), QuantScheme()), damp=0.0)
+    W = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    target = Correction(mismatch.finish(), factor, 5, followed.H).target(W)
+    assert bool(torch.isfinite(target).all())
+    assert torch.equal(target[:, 3], W[:, 3])
+    with pytest.raises(QuantizationError, match="cannot be factored"):
+        Correction(mismatch.M, factor, 5, torch.eye(24).index_fill(0, torch.tensor(3), -1.0))
+
+
 def test_equal_inputs_leave_the_weight_alone():
     X, _ = inputs()
     hessian, mismatch = HessianAccumulator(24), MismatchAccumulator(24)
@@ -63,6 +98,8 @@ def test_wrong_shapes_and_broken_values_are_refused():
     factor = HessianFactor.build(torch.eye(24), QuantScheme())
     with pytest.raises(QuantizationError, match="M is"):
         Correction(torch.eye(23), factor, 2)
+    with pytest.raises(QuantizationError, match="its own H"):
+        Correction(torch.eye(24), factor, 2, torch.eye(23))
     with pytest.raises(QuantizationError, match="has 23 inputs"):
         Correction(torch.eye(24), factor, 2).target(torch.ones(2, 23))
 

@@ -22,7 +22,7 @@ def test_presets_are_valid_and_ordered_by_effort(bits):
     assert efforts[0] == (0.0, 0, 0, 0)
     for scheme in schemes:
         assert (scheme.bits, scheme.group_size, scheme.sym, scheme.method) == (bits, 32, True, "gptq")
-        assert scheme.static_groups  # g_idx stays trivial, so fast kernels stay usable
+        assert not scheme.permuted_groups  # g_idx stays trivial, so fast kernels stay usable
 
 
 def test_fields_that_are_given_win_over_the_preset():

@@ -68,6 +68,42 @@ def test_dynamic_groups_match_the_oracle_on_the_grids_they_found(group_size, act
         assert not torch.equal(q.g_idx, trivial_g_idx(45, scheme))
 
 
+@pytest.mark.parametrize("group_size", [-1, 16, 7])
+@pytest.mark.parametrize("panel", [1, 20, 512])
+@pytest.mark.parametrize("sym", [False, True])
+def test_group_aware_order_keeps_neighbours_together_and_matches_the_oracle(
+    group_size, panel, sym, monkeypatch
+):
+    monkeypatch.setattr("lightgptq.core.solver.PANEL", panel)
+    scheme = paper_scheme(bits=2, group_size=group_size, sym=sym, static_groups=False, group_aware=True)
+    W, H = correlated_problem(40, 45, seed=6, dead=2)
+    factor = HessianFactor.build(H, scheme)
+    g_idx = trivial_g_idx(45, scheme)
+    groups = torch.unique_consecutive(g_idx[factor.perm])
+    assert sorted(groups.tolist()) == list(range(scheme.num_groups(45)))  # each in one run
+    diag = H.diagonal()
+    largest = torch.stack([diag[g_idx == group].max() for group in groups])
+    assert bool((largest.diff() <= 0).all())
+    for group in groups:
+        assert bool((diag[factor.perm][g_idx[factor.perm] == group].diff() <= 0).all())
+    q = gptq(W, factor, scheme)
+    assert torch.equal(q.g_idx, g_idx)
+    expected, margin = gptq_columns(
+        W, H, q.scales.float(), q.zeros, g_idx, scheme.max_code, scheme.damp, factor.perm
+    )
+    assert_same_codes(q.codes, expected, margin)
+
+
+def test_group_aware_changes_nothing_where_scales_are_fixed_before():
+    W, H = correlated_problem(40, 45, seed=6)
+    static = paper_scheme(bits=2, group_size=16)
+    solved = [
+        gptq(W, HessianFactor.build(H, scheme), scheme)
+        for scheme in (static, static.with_overrides({"group_aware": True}))
+    ]
+    assert torch.equal(solved[0].codes, solved[1].codes)
+
+
 def test_dynamic_grid_is_fitted_to_the_compensated_weights():
     scheme = paper_scheme(bits=3, group_size=16, act_order=False, static_groups=False)
     W, H = correlated_problem(12, 32, seed=2)

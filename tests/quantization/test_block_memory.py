@@ -27,6 +27,7 @@ from lightgptq.quantization.together import Stacked, solve_together
 
 FAST = QuantScheme()
 BALANCED = QuantScheme(mismatch=1.0, refine=1)
+PARTLY = BALANCED.with_overrides({"mismatch_every": 4})
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "STRIP_ROWS", 1 << 30)
 
 
-@pytest.mark.parametrize("scheme", [FAST, BALANCED], ids=["fast", "balanced"])
+@pytest.mark.parametrize("scheme", [FAST, BALANCED, PARTLY], ids=["fast", "balanced", "partly"])
 @pytest.mark.parametrize(
     ("width", "outputs"), [(512, (96,)), (384, (1600,)), (384, (800, 800)), (256, (2400, 300, 300))], ids=str
 )
@@ -52,10 +53,11 @@ def test_solving_takes_no_more_than_its_workspace(
     with torch.no_grad(), LiveBytes([W, M, *linears]) as live:
         given = H.clone()  # counted: the Hessian is part of the workspace
         mismatch = M.clone() if scheme.mismatch else None
+        followed = H.clone() if scheme.mismatch_every > 1 else None
         factor = HessianFactor.build(given, scheme)
         weights = [linear.float() for linear in linears]
         if mismatch is not None:
-            correction = Correction(mismatch, factor, len(W))
+            correction = Correction(mismatch, factor, len(W), followed)
             weights = [correction.target(w) for w in weights]
         grid = fit_grid(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, factor.importance())
         solved = gptq_stacked(weights, factor, scheme, H=given if scheme.refine else None, grid=grid)

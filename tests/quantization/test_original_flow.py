@@ -87,7 +87,8 @@ def test_the_mismatch_is_that_of_the_two_whole_models(
     scheme: QuantScheme,
     followed: list[int],
 ) -> None:
-    """M at the first group of the last block, against hooks on the original and the finished checkpoint in memory."""
+    """M, and H of its tokens, at the first group of the last block, against hooks on the original and the finished
+    checkpoint in memory."""
     name = "model.layers.1.self_attn.q_proj"
     seen: dict[str, torch.Tensor] = {}
     solve = GroupSolver.solve
@@ -95,6 +96,8 @@ def test_the_mismatch_is_that_of_the_two_whole_models(
     def watch(self: GroupSolver, linears: dict, inputs: object) -> None:
         if name in linears:
             seen["M"] = inputs.mismatch.finish().clone()  # type: ignore[attr-defined]
+            seen["H"] = (inputs.followed or inputs.hessian).H.clone()  # type: ignore[attr-defined]
+            seen["tokens"] = torch.tensor(inputs.hessian.tokens)  # type: ignore[attr-defined]
         solve(self, linears, inputs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(GroupSolver, "solve", watch)
@@ -110,7 +113,9 @@ def test_the_mismatch_is_that_of_the_two_whole_models(
         hook.remove()
     expected = MismatchAccumulator(entered[0].shape[-1])
     expected.add(*entered)
-    expected.M *= BATCHES / len(followed)  # an estimate of the sum over all tokens
     scale = float(expected.M.abs().max())
     # Float32 sums over a few hundred tokens, and quantized products that round in another order: 1e-3 of the largest.
     assert float((seen["M"] - expected.M).abs().max()) < 1e-3 * scale
+    H = entered[1].flatten(0, 1).t() @ entered[1].flatten(0, 1)
+    assert float((seen["H"].triu() - H.triu()).abs().max()) < 1e-3 * float(H.abs().max())
+    assert int(seen["tokens"]) == windows.input_ids.numel()

@@ -67,8 +67,8 @@ class GPTQCheckpointConfig:
     ) -> GPTQCheckpointConfig:
         """The config of a checkpoint made with ``scheme`` by lightgptq ``version``.
 
-        Act-order with static groups leaves g_idx trivial and is written as desc_act false, static_groups
-        true, so that readers take their fast path. Raises UsageError for an unknown format.
+        Act-order with static groups, and by groups, leaves g_idx trivial and is written as desc_act false, so that
+        readers take their fast path. Raises UsageError for an unknown format.
         """
         if checkpoint_format not in FORMATS:
             raise UsageError(
@@ -78,7 +78,7 @@ class GPTQCheckpointConfig:
             bits=scheme.bits,
             group_size=scheme.group_size,
             sym=scheme.sym,
-            desc_act=has_permuted_groups(scheme),
+            desc_act=scheme.permuted_groups,
             static_groups=scheme.static_groups,
             damp_percent=scheme.damp,
             lm_head=lm_head,
@@ -89,6 +89,7 @@ class GPTQCheckpointConfig:
                 "quantizer": [f"lightgptq:{version}"],
                 "method": scheme.method,
                 "act_order": scheme.act_order,
+                "act_group_aware": scheme.by_groups,
                 "damp_percent": scheme.damp,
                 "true_sequential": True,
                 "static_groups": scheme.static_groups,
@@ -210,17 +211,11 @@ class GPTQCheckpointConfig:
                 method=method if method in ("gptq", "rtn", "obq") else "gptq",
                 act_order=act_order,
                 static_groups=self.static_groups and not self.desc_act,
+                group_aware=not self.desc_act and bool(self.meta.get("act_group_aware", False)),
                 damp=self.damp_percent,
             )
         except UsageError as error:
             raise CheckpointError(f"{where}: {error}") from error
-
-
-def has_permuted_groups(scheme: QuantScheme) -> bool:
-    """Whether g_idx follows the solving order, not ``i // group_size``: act-order without static groups."""
-    return (
-        scheme.method == "gptq" and scheme.act_order and not scheme.static_groups and scheme.group_size != -1
-    )
 
 
 def rule_fields(scheme: QuantScheme, base: QuantScheme) -> dict[str, Any]:
@@ -230,7 +225,7 @@ def rule_fields(scheme: QuantScheme, base: QuantScheme) -> dict[str, Any]:
         ("bits", scheme.bits, base.bits),
         ("group_size", scheme.group_size, base.group_size),
         ("sym", scheme.sym, base.sym),
-        ("desc_act", has_permuted_groups(scheme), has_permuted_groups(base)),
+        ("desc_act", scheme.permuted_groups, base.permuted_groups),
         ("static_groups", scheme.static_groups, base.static_groups),
         ("damp_percent", scheme.damp, base.damp),
     ):

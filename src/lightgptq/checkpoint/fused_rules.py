@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightgptq.checkpoint.config import GPTQCheckpointConfig, has_permuted_groups
+from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.core.scheme import QuantScheme
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -96,5 +96,5 @@ def _visible(scheme: QuantScheme) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.sym,
-        "desc_act": has_permuted_groups(scheme),
+        "desc_act": scheme.permuted_groups,
     }

@@ -75,12 +75,19 @@ def command(
         bool, typer.Option("--act-order/--no-act-order", help="Solve important inputs first.")
     ] = True,
     static_groups: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--static-groups/--no-static-groups",
-            help="Fix scales before solving; keeps groups of neighbours.",
+            help="Fix scales before solving, not on the way; default: the preset's.",
         ),
-    ] = True,
+    ] = None,
+    group_aware: Annotated[
+        bool | None,
+        typer.Option(
+            "--group-aware/--no-group-aware",
+            help="Keep groups of neighbours where scales are found on the way; default: the preset's.",
+        ),
+    ] = None,
     method: Annotated[Method, typer.Option(help="gptq, or the baselines rtn and obq.")] = Method.gptq,
     preset: Annotated[
         Preset,
@@ -143,6 +150,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Quantize SRC and write a GPTQ checkpoint to OUT. A killed run goes on when started again."""
+    optional = {"static_groups": static_groups, "group_aware": group_aware, "tune": tune, "damp": damp}
     chosen = presets.preset(
         preset.value,
         bits=bits,
@@ -150,8 +158,7 @@ def command(
         sym=sym,
         method=method.value,
         act_order=act_order,
-        static_groups=static_groups,
-        **{name: value for name, value in {"tune": tune, "damp": damp}.items() if value is not None},
+        **{name: value for name, value in optional.items() if value is not None},
     )
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:

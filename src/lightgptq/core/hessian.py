@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightgptq import native
 from lightgptq.core.gram_cpu import GRAM_DTYPES, add_gram_cpu
+from lightgptq.core.grid import trivial_g_idx
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import QuantizationError
 
@@ -93,6 +94,11 @@ class HessianAccumulator:
         self.tokens += X.shape[0]
         if not self.H.is_cuda:  # there the question would wait for the product: it is asked once, by `check`
             self.check()
+
+    def include(self, other: HessianAccumulator) -> None:
+        """Adds another sum over other tokens; neither is finished."""
+        self.H.add_(other.H)
+        self.tokens += other.tokens
 
     def check(self) -> None:
         """Raises QuantizationError when a value that was added is NaN, infinite or too large to be squared.
@@ -229,9 +235,20 @@ def _ordered(H: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, float, Ten
     dead = diag == 0
     if bool(dead.all()):
         raise QuantizationError("every input of this layer was 0 on all calibration tokens: H is empty")
-    order = torch.argsort(diag, descending=True, stable=True) if scheme.act_order else None
-    perm = order if order is not None else torch.arange(H.shape[0], device=H.device)
-    return diag, dead, float(diag[~dead].mean()), perm
+    return diag, dead, float(diag[~dead].mean()), _solving_order(diag, scheme)
+
+
+def _solving_order(diag: Tensor, scheme: QuantScheme) -> Tensor:
+    """Columns by descending diagonal of H; with ``by_groups`` groups by their largest, and columns inside each."""
+    if not scheme.act_order:
+        return torch.arange(len(diag), device=diag.device)
+    order = torch.argsort(diag, descending=True, stable=True)
+    if not scheme.by_groups:
+        return order
+    group = trivial_g_idx(len(diag), scheme, diag.device).long()
+    largest = diag.new_zeros(scheme.num_groups(len(diag))).scatter_reduce(0, group, diag, "amax")
+    rank = torch.argsort(torch.argsort(largest, descending=True, stable=True))
+    return order[torch.argsort(rank[group[order]], stable=True)]
 
 
 def _factor_with_damping(

@@ -8,6 +8,9 @@ real-valued weight is least squares,
 and the squared error to the original's output is that of GPTQ's own objective around W', plus a constant. GPTAQ (arXiv
 2504.02692) and Qronos (2505.11695) spread the same correction over the sweep's columns; applied to the target at once
 it needs no other sweep, and refinement works on it unchanged.
+
+Where the original goes along with part of the tokens only, M and H of just these are the sums of a regression of
+``X_o - X_q`` on ``X_q``: with all tokens' H in its place the answer would carry the sampling noise of both.
 """
 
 from __future__ import annotations
@@ -16,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lightgptq import native
-from lightgptq.core.hessian import CHUNK_VALUES, PANEL, SHORT_DTYPES, HessianFactor
+from lightgptq.core.hessian import (
+    CHUNK_VALUES,
+    LARGEST_DAMP,
+    PANEL,
+    SHORT_DTYPES,
+    SMALLEST_DAMP,
+    HessianFactor,
+)
 from lightgptq.core.mismatch_cpu import add_mismatch_cpu
 from lightgptq.errors import QuantizationError
 
@@ -74,10 +84,6 @@ class MismatchAccumulator:
                 "the original's or the quantized model's activations hold NaN or infinity"
             )
 
-    def scale(self, factor: float) -> None:
-        """Make the sum over some tokens an estimate of that over ``factor`` times as many."""
-        self.M.mul_(factor)
-
     def finish(self) -> Tensor:
         """The sum, float32 (in, in). Raises QuantizationError when no token was added."""
         if self.tokens == 0:
@@ -91,19 +97,23 @@ class Correction:
     """Gives the weights that the quantized inputs need to give the original's output (module's equation).
 
     M       float32 (in, in) from ``MismatchAccumulator``
-    factor  of ``H = X_quant^T X_quant``
+    factor  of ``H = X_quant^T X_quant`` over all tokens
     rows    of all weights that will be corrected: where they are more than the inputs, solving with H once for M is
             cheaper than for each ``W M``
+    H       float32 (in, in), over the tokens of M where these are not all; its upper triangle is read, and damped as
+            the factor is
 
-    Raises QuantizationError when the shapes contradict each other.
+    Raises QuantizationError when the shapes contradict each other or H cannot be factored.
     """
 
-    def __init__(self, M: Tensor, factor: HessianFactor, rows: int) -> None:
+    def __init__(self, M: Tensor, factor: HessianFactor, rows: int, H: Tensor | None = None) -> None:
         in_features = factor.in_features
-        if M.shape != (in_features, in_features):
-            raise QuantizationError(f"M is {tuple(M.shape)} and H is for {in_features} inputs")
+        if M.shape != (in_features, in_features) or (H is not None and H.shape != M.shape):
+            own = "" if H is None else f", its own H {tuple(H.shape)}"
+            raise QuantizationError(f"M is {tuple(M.shape)}{own} and H is for {in_features} inputs")
         self.M, self.factor = M, factor
-        self.shared = _solved(M, factor) if rows > in_features else None
+        self.U = None if H is None else _damped_cholesky(H, factor.damp)
+        self.shared = self._solved(M) if rows > in_features else None
 
     def target(self, W: Tensor, strength: float = 1.0) -> Tensor:
         """Float32 (out, in) for an original weight ``W`` (out, in), which is not modified.
@@ -117,7 +127,37 @@ class Correction:
         W = W.float()
         if self.shared is not None:
             return torch.addmm(W, W, self.shared, alpha=strength)
-        return _solved(W @ self.M, self.factor).mul_(strength).add_(W)
+        return self._solved(W @ self.M).mul_(strength).add_(W)
+
+    def _solved(self, X: Tensor) -> Tensor:
+        """``X (H + ridge I)^-1`` for X float32 (rows, in)."""
+        return (
+            _solved(X, self.factor) if self.U is None else torch.cholesky_solve(X.t(), self.U, upper=True).t()
+        )
+
+
+def _damped_cholesky(H: Tensor, damp: float) -> Tensor:
+    """Upper U with ``U^T U = H + ridge I``; inputs that are always 0, of which M holds nothing, get the ridge alone.
+
+    ridge  ``damp`` of the live diagonal's mean, or the first multiple by 10 with which H can be factored
+    """
+    diag = H.diagonal().clone()
+    live = diag[diag > 0]
+    mean = float(live.mean()) if len(live) else 1.0
+    tried = damp
+    try:
+        while True:
+            H.diagonal().copy_(diag).add_(tried * mean)
+            U, info = torch.linalg.cholesky_ex(H, upper=True)
+            if int(info) == 0:
+                return U
+            if tried >= LARGEST_DAMP:
+                raise QuantizationError(
+                    f"H of the tokens that the original follows cannot be factored even with damping {LARGEST_DAMP}"
+                )
+            tried = min(LARGEST_DAMP, max(tried * 10, SMALLEST_DAMP))
+    finally:
+        H.diagonal().copy_(diag)
 
 
 def _solved(X: Tensor, factor: HessianFactor) -> Tensor:

@@ -21,10 +21,13 @@ DISTILL_STEPS = 240
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
     """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
 
+    All solve important columns first and keep groups of neighbours; scales are fixed before the sweep, at two bits,
+    where weights move furthest, when it reaches their group.
+
     ``fast``      the scale search alone, which eight bits are better without: the time of plain GPTQ.
-    ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, by half, since so
-                  few tokens know the other half only roughly; one light round of refinement, at two bits, where it
-                  still gains, two thorough ones.
+    ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
+                  since so few tokens know it only roughly; one light round of refinement, at two bits, where it still
+                  gains, two thorough ones.
     ``best``      the original goes along with all batches, refinement is thorough; at two and three bits codes and
                   scales of each block are then trained on its output; `distill_steps` come on top.
 
@@ -34,14 +37,15 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
         raise UsageError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
     fields: dict[str, Any] = {
         "act_order": True,
-        "static_groups": True,
+        "static_groups": bits > 2,
+        "group_aware": bits <= 2,
         "scale_search": "minmax" if bits == 8 else "hessian",
         "damp": DAMP,
     }
     if name == "fast":
         return fields | {"mismatch": 0.0, "refine": 0, "tune": 0}
     if name == "balanced":
-        return fields | {"mismatch": 0.5, "mismatch_every": 4, "refine": 2 if bits <= 2 else 1, "tune": 0}
+        return fields | {"mismatch": 0.7, "mismatch_every": 4, "refine": 2 if bits <= 2 else 1, "tune": 0}
     return fields | {
         "mismatch": 1.0,
         "mismatch_every": 1,

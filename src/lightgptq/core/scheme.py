@@ -24,6 +24,8 @@ class QuantScheme:
     static_groups True: groups are runs of neighbouring inputs and their scales are fixed before the sweep,
                   so g_idx stays ``i // group_size``; False: scales are found as the sweep reaches each group
                   (with act_order the groups then follow the permuted order and g_idx is not trivial).
+    group_aware   with act_order and without static_groups: whole groups of neighbours are solved one after the other,
+                  those with the largest diagonal first, each by descending diagonal, so g_idx is trivial again.
     scale_search  how scales and zeros are found: "minmax" covers every weight as in the paper, "hessian" minimises
                   the rounding error weighted by what each input is worth, over clipping, sign and zero.
     damp          fraction of the mean diagonal of H added to the diagonal (paper, section 3.3, step 3).
@@ -43,6 +45,7 @@ class QuantScheme:
     method: str = "gptq"
     act_order: bool = True
     static_groups: bool = True
+    group_aware: bool = False
     damp: float = 0.01
     scale_search: str = "hessian"
     mismatch: float = 0.0
@@ -96,6 +99,17 @@ class QuantScheme:
     def mid_code(self) -> int:
         """The zero of a symmetric grid, 2^(bits-1)."""
         return 1 << (self.bits - 1)
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether columns are solved group by group in an order that the Hessian gives."""
+        return self.act_order and self.group_aware and not self.static_groups
+
+    @property
+    def permuted_groups(self) -> bool:
+        """Whether g_idx follows the solving order and is not ``i // group_size``."""
+        scattered = self.act_order and not self.static_groups and not self.group_aware
+        return self.method == "gptq" and scattered and self.group_size != -1
 
     def group_width(self, in_features: int) -> int:
         """Inputs in one full group: group_size, or in_features when it is -1 or larger."""

@@ -16,6 +16,8 @@ from lightgptq.core.sweep import sweep
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.errors import QuantizationError
 
+PANEL = 512  # columns whose errors reach the weights after them by one product
+
 
 def gptq(
     W: Tensor,
@@ -73,9 +75,11 @@ def gptq_stacked(
     elif grid is not None:
         raise QuantizationError("a grid was given, but with static_groups=False the sweep finds its own")
     else:
-        codes_perm, row_loss, grid = _sweep_dynamic(W[:, factor.perm], factor, scheme, block_size)
-        g_idx = torch.empty(W.shape[1], dtype=torch.int32, device=W.device)
-        g_idx[factor.perm] = trivial_g_idx(W.shape[1], scheme, W.device)
+        trivial = trivial_g_idx(W.shape[1], scheme, W.device)
+        groups = trivial[factor.perm] if scheme.by_groups else trivial
+        codes_perm, row_loss, grid = _sweep_dynamic(W[:, factor.perm], factor, scheme, groups, block_size)
+        g_idx = torch.empty_like(trivial)
+        g_idx[factor.perm] = groups
     return _finished(W, codes_perm, row_loss, grid, g_idx, factor, scheme, H, [len(part) for part in weights])
 
 
@@ -169,32 +173,52 @@ def _undamped_loss(D: Tensor, row_loss: Tensor, factor: HessianFactor) -> float:
 
 
 def _sweep_dynamic(
-    W: Tensor, factor: HessianFactor, scheme: QuantScheme, block_size: int
+    W: Tensor, factor: HessianFactor, scheme: QuantScheme, groups: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor, Grid]:
     """The sweep with each group's grid fitted to its compensated weights when the sweep reaches it.
 
-    W (out, in) float32 in solving order. After a group of columns F is solved, ``W_F - Q_F = E_F U_FF``
-    gives the errors that the columns after it need: ``W_R -= E_F U_FR``.
+    W       (out, in) float32 in solving order
+    groups  int (in,) in solving order: each group's number, its columns one after the other
+
+    After a group of columns F is solved, ``W_F - Q_F = E_F U_FF`` gives the errors that the columns after it need:
+    ``W_R -= E_F U_FR``, at once up to the end of a panel of columns, beyond it for the whole panel.
     """
     W, U = W.clone(), factor.U
     out_features, in_features = W.shape
-    width = scheme.group_width(in_features)
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=W.device)
     row_loss = torch.zeros(out_features, dtype=torch.float32, device=W.device)
+    found = Grid(
+        torch.empty(scheme.num_groups(in_features), out_features, device=W.device),
+        torch.empty(scheme.num_groups(in_features), out_features, dtype=torch.int32, device=W.device),
+    )
     importance = factor.importance()[factor.perm]
-    scales, zeros = [], []
-    for start in range(0, in_features, width):
-        end = min(start + width, in_features)
-        part, U_FF = W[:, start:end], U[start:end, start:end].contiguous()
-        one_group = torch.zeros(end - start, dtype=torch.int32, device=W.device)
-        grid = fit_grid(part, scheme.with_overrides({"group_size": -1}), importance[start:end])
-        group_codes, group_loss = sweep(part.contiguous(), U_FF, grid, one_group, scheme.max_code, block_size)
-        codes[:, start:end] = group_codes
-        row_loss += group_loss
-        scales.append(grid.scales)
-        zeros.append(grid.zeros)
-        if end < in_features:
-            D = part - dequantize_codes(group_codes, grid, one_group)
+    alone = scheme.with_overrides({"group_size": -1})
+    for panel in _panels(groups):
+        first, last = panel[0][1], panel[-1][2]
+        errors = torch.empty(out_features, last - first, device=W.device)
+        for group, start, end in panel:
+            part, U_FF = W[:, start:end].contiguous(), U[start:end, start:end].contiguous()
+            grid = fit_grid(part, alone, importance[start:end])
+            one_group = torch.zeros(end - start, dtype=torch.int32, device=W.device)
+            codes[:, start:end], loss = sweep(part, U_FF, grid, one_group, scheme.max_code, block_size)
+            row_loss += loss
+            found.scales[group], found.zeros[group] = grid.scales[0], grid.zeros[0]
+            D = part - dequantize_codes(codes[:, start:end], grid, one_group)
             E = torch.linalg.solve_triangular(U_FF, D, upper=True, left=False)
-            W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
-    return codes, row_loss, Grid(torch.cat(scales), torch.cat(zeros))
+            errors[:, start - first : end - first] = E
+            W[:, end:last].addmm_(E, U[start:end, end:last], alpha=-1)
+        W[:, last:].addmm_(errors, U[first:last, last:], alpha=-1)
+    return codes, row_loss, found
+
+
+def _panels(groups: Tensor) -> list[list[tuple[int, int, int]]]:
+    """Number, first and last but one column of each group in solving order, in panels of about `PANEL` columns."""
+    numbers, counts = torch.unique_consecutive(groups, return_counts=True)
+    panels: list[list[tuple[int, int, int]]] = [[]]
+    start = 0
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        if panels[-1] and start + count - panels[-1][0][1] > PANEL:
+            panels.append([])
+        panels[-1].append((number, start, start + count))
+        start += count
+    return panels

@@ -138,7 +138,7 @@ def packed_bytes(in_features: int, out_features: int, scheme: QuantScheme) -> in
     tiling = choose_tiling(scheme.bits, width, groups)
     words = 4 * tiling.blocks * tiling.words * tiling.pairs * out_features
     grid = groups * out_features * (2 if scheme.sym else 3)
-    permuted = scheme.act_order and not scheme.static_groups and groups > 1
+    permuted = scheme.permuted_groups and groups > 1
     in_order = groups == 1 or width == tiling.group_inputs
     return words + grid + (0 if in_order and not permuted else 4 * tiling.inputs)
 

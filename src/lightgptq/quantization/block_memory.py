@@ -26,15 +26,16 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     """What solving linears of one input takes at most: float32 matrices (width, width) and copies of the weights.
 
     The matrices are H, its flipped copy and the factor (or H, the factor and the factor's copy), with a corrected
-    mismatch M, and while refining the damped H.
+    mismatch M, and H of its tokens where they are not all, and while refining the damped H.
 
     width    of the input
     weights  of all linears that are solved as one
     """
     schemes = list(schemes)
     refined, corrected = any(s.refine for s in schemes), any(s.mismatch > 0 for s in schemes)
+    partly = any(s.mismatch > 0 and s.mismatch_every > 1 for s in schemes)
     per_weight = BYTES_PER_WEIGHT_REFINED if refined else BYTES_PER_WEIGHT
-    return 4 * (3 + corrected + refined) * width * width + per_weight * weights
+    return 4 * (3 + corrected + partly + refined) * width * width + per_weight * weights
 
 
 def tuning_bytes(linears: Collection[nn.Linear], tokens: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.distill import Distillation, DistillOptions, output_head
 from lightgptq.quantization.flow import CalibrationFlow
+from lightgptq.quantization.heap import freed_memory_kept
 from lightgptq.quantization.sampling import first_tokens, sample_windows
 from lightgptq.quantization.stored import StoredWeights
 from lightgptq.quantization.student import Student
@@ -91,7 +93,8 @@ class EndToEnd:
             resident=resident,
             whole=resident and self._graph_bytes([module for _, module in linears]) <= room,
         )
-        training.run(progress)
+        with freed_memory_kept() if training.whole else nullcontext():
+            training.run(progress)
         for name, result in student.results():
             stored.write(name, result)
         stored.writer.sync()

@@ -24,6 +24,7 @@ _OPTIONS = {
     "sym": "--sym",
     "act_order": "--act-order",
     "static_groups": "--static-groups",
+    "group_aware": "--group-aware",
     "method": "--method",
     "mismatch": "--preset",
     "refine": "--preset",

@@ -46,11 +46,13 @@ class GroupInputs:
 
     hessian   None where no token arrived or the activations cannot be used
     mismatch  None where the original is not followed
+    followed  of the tokens in ``mismatch``, None where these are all; its upper triangle is valid
     problem   a sentence where the activations cannot be used
     """
 
     hessian: HessianAccumulator | None = None
     mismatch: MismatchAccumulator | None = None
+    followed: HessianAccumulator | None = None
     problem: str | None = None
 
 
@@ -280,9 +282,9 @@ class _Gathered:
 
     def __init__(self, group: LinearGroup) -> None:
         self.group = group
-        self._hessian: HessianAccumulator | None = None
+        self._alone: HessianAccumulator | None = None  # of tokens that are in no mismatch
+        self._followed: HessianAccumulator | None = None  # of those that are
         self._mismatch: MismatchAccumulator | None = None
-        self._followed = 0  # tokens of batches that the original went along with
         self._problem: str | None = None
 
     def add(self, x: Tensor, theirs: Tensor | None, tokens: int) -> None:
@@ -295,25 +297,29 @@ class _Gathered:
             return
         try:
             with stage("hessian"):
-                self._hessian = self._hessian or HessianAccumulator(x.shape[-1], x.device)
-                self._hessian.add(x)
-                self._followed += x.shape[:-1].numel() if theirs is not None else 0
                 if theirs is not None and theirs.shape == x.shape and x.shape[:-1].numel() >= tokens:
+                    self._followed = self._followed or HessianAccumulator(x.shape[-1], x.device)
                     self._mismatch = self._mismatch or MismatchAccumulator(x.shape[-1], x.device)
+                    self._followed.add(x)
                     self._mismatch.add(theirs, x)
+                else:
+                    self._alone = self._alone or HessianAccumulator(x.shape[-1], x.device)
+                    self._alone.add(x)
         except QuantizationError as error:
             self._problem = str(error)
 
     def finish(self) -> GroupInputs:
         """The sums, or why there are none."""
-        if self._hessian is not None and self._problem is None:
-            try:
-                self._hessian.check()
-                if self._mismatch is not None:
-                    self._mismatch.check()
-                    self._mismatch.scale(self._hessian.tokens / self._followed)
-            except QuantizationError as error:
-                self._problem = str(error)
+        try:
+            for sums in (self._followed, self._mismatch, self._alone):
+                if sums is not None and self._problem is None:
+                    sums.check()
+        except QuantizationError as error:
+            self._problem = str(error)
         if self._problem is not None:
             return GroupInputs(problem=self._problem)
-        return GroupInputs(self._hessian, self._mismatch)
+        if self._alone is None:
+            return GroupInputs(self._followed, self._mismatch)
+        if self._followed is not None:
+            self._alone.include(self._followed)
+        return GroupInputs(self._alone, self._mismatch, self._followed)

@@ -11,11 +11,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from lightgptq.skeleton import ModelSkeleton
 
-WINDOWS_AT_ONCE = 64
+CACHE_BYTES = (
+    1 << 30
+)  # of keys and values at a time; not of what is free, since a draw depends on its neighbours
+WINDOWS_AT_ONCE = 512
 
 
 @torch.no_grad()
@@ -41,12 +44,27 @@ def sample_windows(skeleton: ModelSkeleton, prompts: Tensor, seq_len: int, seed:
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for batch in prompts.split(WINDOWS_AT_ONCE):
+        for batch in prompts.split(windows_at_once(model.config, seq_len, skeleton.dtype.itemsize)):
             batch = batch.to(skeleton.device)
             mask = torch.ones_like(batch)
             drawn.append(generate(batch, attention_mask=mask, generation_config=config).cpu())
     skeleton.release(model)
     return torch.cat(drawn)
+
+
+def windows_at_once(config: PretrainedConfig, seq_len: int, itemsize: int) -> int:
+    """How many windows of ``seq_len`` tokens are drawn together: a model reads its weights once for all of them.
+
+    itemsize  bytes of a key's or value's element
+
+    Only the model and the length decide, so that the same seed draws the same windows on every machine.
+    """
+    text = config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", 1))
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    width *= int(getattr(text, "num_key_value_heads", None) or heads)
+    window = 2 * int(text.num_hidden_layers) * width * seq_len * itemsize
+    return max(1, min(WINDOWS_AT_ONCE, CACHE_BYTES // window))
 
 
 def first_tokens(skeleton: ModelSkeleton, windows: Tensor, count: int) -> Tensor:

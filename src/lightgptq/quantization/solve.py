@@ -72,11 +72,11 @@ class GroupSolver:
         """
         wanted = {name: self.plan.schemes[name] for name in linears}
         H, tokens, problem = self._known(linears, inputs)
-        factors: dict[tuple[float, bool], HessianFactor] = {}
-        corrections: dict[tuple[float, bool], Correction] = {}
+        factors: dict[tuple[object, ...], HessianFactor] = {}
+        corrections: dict[tuple[object, ...], Correction] = {}
         for names in _together(linears, wanted):
             scheme, trouble = wanted[names[0]], problem
-            key = (scheme.damp, scheme.act_order)
+            key = (scheme.damp, scheme.act_order, scheme.by_groups and scheme.group_size)
             factor: HessianFactor | None = None
             weights = [self._weight(name, linears[name]) for name in names]
             if scheme.method != "rtn" and H is not None:
@@ -89,8 +89,9 @@ class GroupSolver:
             if factor is not None and inputs.mismatch is not None and scheme.mismatch > 0:
                 with stage("sweep"):
                     rows = sum(module.out_features for module in linears.values())
+                    followed = None if inputs.followed is None else inputs.followed.H
                     correction = corrections[key] = corrections.get(key) or Correction(
-                        inputs.mismatch.finish(), factor, rows
+                        inputs.mismatch.finish(), factor, rows, followed
                     )
                     weights = [correction.target(W, scheme.mismatch) for W in weights]
             solved = _solve(names, weights, scheme, H, factor)
@@ -130,7 +131,8 @@ class GroupSolver:
                 W = torch.cat([self._weight(name, module) for name, module in linears.items()])
                 M = inputs.mismatch.finish() if inputs.mismatch is not None and scheme.mismatch > 0 else None
                 parts = tuple(module.out_features for module in linears.values())
-                found[at] = Stacked(W, parts, H, M, scheme)
+                followed = inputs.followed.H if M is not None and inputs.followed is not None else None
+                found[at] = Stacked(W, parts, H, M, scheme, followed)
         kinds = Counter(one.alike for one in found.values()).most_common(1)
         return {at: one for at, one in found.items() if one.alike == kinds[0][0]}
 

@@ -62,7 +62,7 @@ class Student:
         if codes:
             positions = [weight.position for weight in self._weights.values()]
             groups.append({"params": positions, "name": "codes"})
-        self.optimizer = torch.optim.Adam(groups, lr=scale_lr, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(groups, lr=scale_lr, betas=(0.9, 0.95), fused=True)
         if loaded is None:
             self.save()
         else:

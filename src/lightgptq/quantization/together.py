@@ -25,11 +25,12 @@ from lightgptq.quantization.timing import stage
 class Stacked:
     """The linears of one group as the rows of one weight, and what is known of their input.
 
-    W       float32 (out, in)
-    parts   rows of each linear
-    H       float32 (in, in)
-    M       the input mismatch, float32 (in, in), None where it is not corrected
-    scheme  of all of them
+    W         float32 (out, in)
+    parts     rows of each linear
+    H         float32 (in, in)
+    M         the input mismatch, float32 (in, in), None where it is not corrected
+    scheme    of all of them
+    followed  H of the tokens in M where these are not all, see `Correction`
     """
 
     W: Tensor
@@ -37,6 +38,7 @@ class Stacked:
     H: Tensor
     M: Tensor | None
     scheme: QuantScheme
+    followed: Tensor | None = None
 
     @property
     def alike(self) -> tuple[object, ...]:
@@ -65,7 +67,8 @@ def solve_together(groups: list[Stacked]) -> list[Solved | None]:
     for at, factor in factors.items():
         group = groups[at]
         if group.M is not None:
-            group.W = Correction(group.M, factor, len(group.W)).target(group.W, scheme.mismatch)
+            correction = Correction(group.M, factor, len(group.W), group.followed)
+            group.W = correction.target(group.W, scheme.mismatch)
     try:
         W = torch.stack([groups[at].W for at in factors])
         for group in groups:
