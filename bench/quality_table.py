@@ -21,6 +21,7 @@ COLUMNS = {
     "GPTQModel 7.7 best": "its best",
     "GPTQModel 7.7 best and GPTAQ": "and GPTAQ",
     "llm-compressor 0.14": "llm-compressor 0.14",
+    "AutoRound 0.16.1 default": "AutoRound 0.16.1",
     "lightgptq fast": "`fast`",
     "lightgptq balanced": "`balanced`",
     "lightgptq best": "`best`",
