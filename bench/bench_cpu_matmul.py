@@ -268,6 +268,11 @@ def measure(
     return lines
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(n) for n in text.split(",")]
+
+
 def show(line: dict[str, Any]) -> str:
     """One line for people."""
     times = "  ".join(f"{name} {t['p50']:.0f}" for name, t in line["microseconds"].items())
@@ -283,7 +288,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
     parser.add_argument("--bits", type=numbers, default=[4, 8, 3, 2])
     parser.add_argument("--rows", type=numbers, default=[1, 4, 16, 64, 512])
     parser.add_argument("--modes", default="exact,int8")

@@ -1,9 +1,9 @@
 """Our presets beside other tools' checkpoints: same calibration windows and format, judged on the same tokens.
 
     python -m bench.compare_checkpoints --bits 4 --group-size 128 --seed 0 [--preset fast --preset balanced]
-        [--distill STEPS] [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
+        [--distill STEPS] [--model FOLDER] [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
 
-FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the demonstration model that another tool made from the windows
+FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the model, by default the demonstration's, that another tool made from the windows
 that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in SECONDS on this
 machine.
 Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="LABEL=FOLDER")
     parser.add_argument("--seconds", action="append", default=[], metavar="LABEL=SECONDS")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
@@ -56,7 +57,7 @@ def main() -> None:
             )
             folders[label] = Path(work) / preset
             seconds[label] = _quantize(folders[label], preset, options)
-        original = lightgptq.load(MODEL, dtype="float32")
+        original = lightgptq.load(options.model, dtype="float32")
         for text in options.text or ["pydoc"]:
             results: dict[str, dict[str, Any]] = {}
             for label, folder in folders.items():
@@ -66,6 +67,7 @@ def main() -> None:
                 spent = {"seconds": round(seconds[label], 1)} if label in seconds else {}
                 results[label] = result.to_dict() | spent
             figures = {
+                "model": options.model.name,
                 "text": Path(text).name,
                 "bits": options.bits,
                 "group_size": options.group_size,
@@ -83,7 +85,7 @@ def _quantize(out: Path, preset: str, options: argparse.Namespace) -> float:
     if options.distill is not None:
         chosen["distill"] = options.distill
     report = lightgptq.quantize(
-        MODEL,
+        options.model,
         out,
         samples=128,
         seq_len=256,

@@ -16,6 +16,7 @@ from bench.record import RESULTS
 CONFIGURATIONS = ((8, 128), (4, 128), (4, 32), (3, 128), (2, 64), (2, 32))
 TEXTS = ("pydoc", "heldout.txt")
 BASELINE = "GPTQModel 7.7 default"
+MODEL = "pep-llama-6m"
 COLUMNS = {
     BASELINE: "GPTQModel 7.7 default",
     "GPTQModel 7.7 best": "its best",
@@ -34,7 +35,7 @@ def figures() -> Figures:
     found: Figures = defaultdict(dict)
     for line in (RESULTS / "quality.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if "seed" in row and row["sym"]:
+        if "seed" in row and row["sym"] and row.get("model", MODEL) == MODEL:
             for label, result in row["results"].items():
                 found[row["bits"], row["group_size"], row["text"], label][row["seed"]] = result["kl"]
     return found
