@@ -1,12 +1,12 @@
 """Our presets beside other tools' checkpoints: same calibration windows and format, judged on the same tokens.
 
     python -m bench.compare_checkpoints --bits 4 --group-size 128 --seed 0 [--preset fast --preset balanced]
-        [--distill STEPS] [--model FOLDER] [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE] [--max-tokens 20480]
+        [--distill STEPS] [--model FOLDER] [LABEL=FOLDER ...] [--seconds LABEL=SECONDS] [--text pydoc --text FILE]
+        [--max-tokens 20480]
 
-FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the model, by default the demonstration's, that another tool made from the windows
-that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in SECONDS on this
-machine.
-Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to
+FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the model, by default the demonstration's, that another tool
+made from the windows that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in
+SECONDS on this machine. Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to
 bench/results/quality.jsonl.
 """
 
