@@ -6,8 +6,8 @@
 
 FOLDER is a checkpoint (GPTQ, or compressed-tensors) of the model, by default the demonstration's, that another tool
 made from the windows that `tests/interop/export_windows.py` writes with the same seed (128 windows of 256 tokens), in
-SECONDS on this machine. Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for each text goes to
-bench/results/quality.jsonl.
+SECONDS on this machine. Ours are made here. Every checkpoint is read by `lightgptq.load` and run in float32; a line for
+each text goes to bench/results/quality.jsonl.
 """
 
 from __future__ import annotations
