@@ -56,7 +56,8 @@ class _Block:
         H_BB = _part(H, columns, columns).contiguous()
         if not bool((H_BB.diagonal() > 0).any()):
             return None
-        factor = HessianFactor.build(H_BB, scheme.with_overrides({"act_order": True, "damp": BLOCK_DAMP}))
+        order = {"act_order": True, "group_aware": False, "damp": BLOCK_DAMP}
+        factor = HessianFactor.build(H_BB, scheme.with_overrides(order))
         U = torch.empty_like(factor.U)
         U[:, factor.perm] = factor.U
         return cls(indices, columns, H_BB, U, factor, torch.argsort(factor.perm), group)
