@@ -72,6 +72,9 @@ def test_only_the_listed_modules(model_folder: Callable[[str], Path]) -> None:
 def test_the_order_of_columns(fields: dict[str, bool], act_order: bool, static_groups: bool) -> None:
     scheme = scheme_of(GPTQConfig(bits=4, **fields))
     assert (scheme.act_order, scheme.static_groups) == (act_order, static_groups)
+    low = scheme_of(GPTQConfig(bits=2, **fields))
+    assert low.by_groups == static_groups  # as the presets do at two bits
+    assert low.permuted_groups == scheme.permuted_groups
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def mode_of(backend: str | None) -> str:
 def scheme_of(asked: transformers.GPTQConfig) -> QuantScheme:
     """The scheme that a ``transformers.GPTQConfig`` describes; fields that change nothing here warn once by name.
 
-    ``desc_act`` is act-order with permuted groups, ``act_group_aware`` act-order that keeps groups of neighbours.
+    ``desc_act`` is act-order with permuted groups, ``act_group_aware`` act-order that keeps groups of neighbours: with
+    static groups as in the presets, which at two bits find scales on the way.
     """
     for name, idle in WITHOUT_MEANING.items():
         value = getattr(asked, name, None)
@@ -108,7 +109,8 @@ def scheme_of(asked: transformers.GPTQConfig) -> QuantScheme:
         sym=asked.sym,
         damp=asked.damp_percent,
         act_order=bool(asked.desc_act) or grouped,
-        static_groups=grouped,
+        static_groups=grouped and asked.bits > 2,
+        group_aware=grouped,
     )
 
 
