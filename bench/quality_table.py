@@ -1,6 +1,6 @@
 """The table of docs/accuracy.md, from bench/results/quality.jsonl.
 
-    python -m bench.quality_table
+    python -m bench.quality_table [--model pep-llama-6m]
 
 Mean KL divergence over calibration seeds, of each configuration the last line of each seed; ``*`` one seed, ``**`` two.
 In brackets: relative to GPTQModel's default with the same seeds.
@@ -8,6 +8,7 @@ In brackets: relative to GPTQModel's default with the same seeds.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 
@@ -30,12 +31,12 @@ COLUMNS = {
 Figures = dict[tuple[int, int, str, str], dict[int, float]]  # bits, group, text, label -> seed -> KL
 
 
-def figures() -> Figures:
-    """The last KL of every configuration and seed."""
+def figures(model: str) -> Figures:
+    """The last KL of every configuration and seed of one model."""
     found: Figures = defaultdict(dict)
     for line in (RESULTS / "quality.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if "seed" in row and row["sym"] and row.get("model", MODEL) == MODEL:
+        if "seed" in row and row["sym"] and row.get("model", MODEL) == model:
             for label, result in row["results"].items():
                 found[row["bits"], row["group_size"], row["text"], label][row["seed"]] = result["kl"]
     return found
@@ -53,17 +54,23 @@ def cell(own: dict[int, float], baseline: dict[int, float], *, digits: int, rela
 
 
 def main() -> None:
-    """Print the table."""
-    found = figures()
-    print("| bits, group | text | " + " | ".join(COLUMNS.values()) + " |")
-    print("|---" * (2 + len(COLUMNS)) + "|")
-    for bits, group in CONFIGURATIONS:
+    """Print the table of what there are figures of."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=MODEL)
+    found = figures(parser.parse_args().model)
+    known = {(bits, group) for bits, group, _, _ in found}
+    columns = {
+        label: title for label, title in COLUMNS.items() if label in {label for _, _, _, label in found}
+    }
+    print("| bits, group | text | " + " | ".join(columns.values()) + " |")
+    print("|---" * (2 + len(columns)) + "|")
+    for bits, group in (one for one in CONFIGURATIONS if one in known):
         for text in TEXTS:
             baseline = found[bits, group, text, BASELINE]
             digits = 6 if bits == 8 else 4
             cells = [
                 cell(found[bits, group, text, label], baseline, digits=digits, relative=label != BASELINE)
-                for label in COLUMNS
+                for label in columns
             ]
             print(f"| {bits}, {group} | {text.removesuffix('.txt')} | " + " | ".join(cells) + " |")
 
