@@ -7,7 +7,7 @@ eq. 1)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -255,17 +255,22 @@ def _factor_with_damping(
     H: Tensor, perm: Tensor, dead: Tensor, mean: float, damp: float
 ) -> tuple[Tensor, float]:
     """U and the damping used: the one asked for, or the first of its multiples by 10 that can be factored."""
-    tried = damp
-    while True:
+    for tried in dampings(damp):
         U, fine = _invert_factor(_damped_and_flipped(H, perm, dead, mean, tried)[None])
         if fine[0]:
             return U[0].div_(mean**0.5), tried
-        if tried >= LARGEST_DAMP:
-            raise QuantizationError(
-                f"H cannot be factored even with damping {LARGEST_DAMP}: the activations are degenerate; "
-                "use more calibration text"
-            )
-        tried = min(LARGEST_DAMP, max(tried * 10, SMALLEST_DAMP))
+    raise QuantizationError(
+        f"H cannot be factored even with damping {LARGEST_DAMP}: the activations are degenerate; "
+        "use more calibration text"
+    )
+
+
+def dampings(asked: float) -> Iterator[float]:
+    """What to try until H can be factored: the damping asked for, then its multiples by 10 up to `LARGEST_DAMP`."""
+    yield asked
+    while asked < LARGEST_DAMP:
+        asked = min(LARGEST_DAMP, max(asked * 10, SMALLEST_DAMP))
+        yield asked
 
 
 def _damped_and_flipped(

@@ -24,8 +24,8 @@ from lightgptq.core.hessian import (
     LARGEST_DAMP,
     PANEL,
     SHORT_DTYPES,
-    SMALLEST_DAMP,
     HessianFactor,
+    dampings,
 )
 from lightgptq.core.mismatch_cpu import add_mismatch_cpu
 from lightgptq.errors import QuantizationError
@@ -144,18 +144,15 @@ def _damped_cholesky(H: Tensor, damp: float) -> Tensor:
     diag = H.diagonal().clone()
     live = diag[diag > 0]
     mean = float(live.mean()) if len(live) else 1.0
-    tried = damp
     try:
-        while True:
+        for tried in dampings(damp):
             H.diagonal().copy_(diag).add_(tried * mean)
             U, info = torch.linalg.cholesky_ex(H, upper=True)
             if int(info) == 0:
                 return U
-            if tried >= LARGEST_DAMP:
-                raise QuantizationError(
-                    f"H of the tokens that the original follows cannot be factored even with damping {LARGEST_DAMP}"
-                )
-            tried = min(LARGEST_DAMP, max(tried * 10, SMALLEST_DAMP))
+        raise QuantizationError(
+            f"H of the tokens that the original follows cannot be factored even with damping {LARGEST_DAMP}"
+        )
     finally:
         H.diagonal().copy_(diag)
 

@@ -20,11 +20,16 @@ TUNE_STEPS = 40
 DISTILL_STEPS = 240
 
 
+def order_fields(bits: int) -> dict[str, bool]:
+    """Fields of ``QuantScheme``: important columns first, groups of neighbours kept.
+
+    Scales are fixed before the sweep, at two bits, where weights move furthest, when it reaches their group.
+    """
+    return {"act_order": True, "static_groups": bits > 2, "group_aware": bits <= 2}
+
+
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
     """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
-
-    All solve important columns first and keep groups of neighbours; scales are fixed before the sweep, at two bits,
-    where weights move furthest, when it reaches their group.
 
     ``fast``      the scale search alone, which eight bits are better without: the time of plain GPTQ.
     ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
@@ -38,9 +43,7 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
     if name not in PRESETS:
         raise UsageError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
     fields: dict[str, Any] = {
-        "act_order": True,
-        "static_groups": bits > 2,
-        "group_aware": bits <= 2,
+        **order_fields(bits),
         "scale_search": "minmax" if bits == 8 else "hessian",
         "damp": DAMP if bits > 2 else DAMP_OF_TWO_BITS,
     }

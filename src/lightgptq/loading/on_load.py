@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import load_tokenizer, window_length
+from lightgptq.core.presets import order_fields
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import CheckpointError, UsageError
 from lightgptq.hf import fill_meta, insert_quant_linears
@@ -95,23 +96,17 @@ def mode_of(backend: str | None) -> str:
 def scheme_of(asked: transformers.GPTQConfig) -> QuantScheme:
     """The scheme that a ``transformers.GPTQConfig`` describes; fields that change nothing here warn once by name.
 
-    ``desc_act`` is act-order with permuted groups, ``act_group_aware`` act-order that keeps groups of neighbours: with
-    static groups as in the presets, which at two bits find scales on the way.
+    ``desc_act`` is act-order with permuted groups, ``act_group_aware`` act-order that keeps groups of neighbours, as
+    presets do.
     """
     for name, idle in WITHOUT_MEANING.items():
         value = getattr(asked, name, None)
         if value is not None and value not in idle:
             warn_once(f"GPTQConfig({name}={value!r}) has no meaning in lightgptq and changes nothing")
     grouped = bool(getattr(asked, "act_group_aware", True)) and not asked.desc_act
-    return QuantScheme(
-        bits=asked.bits,
-        group_size=asked.group_size,
-        sym=asked.sym,
-        damp=asked.damp_percent,
-        act_order=bool(asked.desc_act) or grouped,
-        static_groups=grouped and asked.bits > 2,
-        group_aware=grouped,
-    )
+    order = {"act_order": bool(asked.desc_act), "static_groups": False}
+    scheme = QuantScheme(bits=asked.bits, group_size=asked.group_size, sym=asked.sym, damp=asked.damp_percent)
+    return scheme.with_overrides(order_fields(asked.bits) if grouped else order)
 
 
 def _windows(asked: transformers.GPTQConfig, model: PreTrainedModel, source: Path) -> CalibrationSet:

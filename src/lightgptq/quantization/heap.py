@@ -25,10 +25,10 @@ USERS_CHOICE = "MALLOC_MMAP_THRESHOLD_"
 def large_tensors_mapped() -> Iterator[None]:
     """Fix glibc's threshold at 8 MiB while active, unless the user's environment fixes it; other C libraries are
     left alone."""
-    if platform.libc_ver()[0] != "glibc" or USERS_CHOICE in os.environ:
+    libc = None if USERS_CHOICE in os.environ else _glibc()
+    if libc is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     try:
         yield
@@ -40,10 +40,10 @@ def large_tensors_mapped() -> Iterator[None]:
 def freed_memory_kept() -> Iterator[None]:
     """Let the process keep what is freed while active, then give it back: for work that takes the same tensors again
     and again and has the memory for them. Pages that come anew cost a training step a tenth of its time."""
-    if platform.libc_ver()[0] != "glibc" or USERS_CHOICE in os.environ:
+    libc = None if USERS_CHOICE in os.environ else _glibc()
+    if libc is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
@@ -74,5 +74,11 @@ def quick_collections() -> Iterator[None]:
 def give_back() -> None:
     """Collect abandoned forwards, which leave reference cycles, and return free pages to the system."""
     gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process where it is glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -15,9 +15,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from lightgptq.skeleton import ModelSkeleton
 
-CACHE_BYTES = (
-    1 << 30
-)  # of keys and values at a time; not of what is free, since a draw depends on its neighbours
+# Of keys and values at a time; not a share of what is free, since a draw depends on its neighbours.
+CACHE_BYTES = 1 << 30
 WINDOWS_AT_ONCE = 512
 
 
