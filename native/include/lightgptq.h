@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 3
+#define LGQ_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -155,6 +155,24 @@ LGQ_API int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64
                                 int64_t group_width, const float *importance, int64_t candidates, const float *scales,
                                 const int32_t *zeros, int32_t refits, int32_t max_code, float *best_scales,
                                 int32_t *best_zeros);
+
+/* One pass of refinement: codes are found anew for a block of columns at a time, given all others, and a row takes them
+ * where its loss (w - q) H (w - q)^T falls.
+ *
+ * The best real values are q_B + ((w - q) H)_B H_BB^-1; a sweep over the block rounds them.
+ * w            float (rows, ldw); h float (cols, ldh), both triangles
+ * order        int32 (cols,): every column once. Block i is order[first[i]] to order[first[i + 1]], in solving order, of
+ *              at most LGQ_WIDEST_BLOCK columns; those in no block keep their codes. first int64 (blocks + 1,)
+ * u            float: for each block (n, n), upper, H_BB^-1 = U^T U, one after the other
+ * scales_move  0: blocks of any columns. 1: each lies in one group and is the whole of it, whose scale becomes the one
+ *              that suits the codes, rounded to float16. 2: zeros one lower and higher are tried as well, in 1 to max_code
+ * scales       float, not 0, zeros int32 in [0, max_code], both (groups, rows), and codes uint8 (rows, ldcodes): changed
+ * gained       double (rows,): by how much each row's loss fell is added */
+#define LGQ_WIDEST_BLOCK 512
+LGQ_API int32_t lgq_refine(const float *w, int64_t ldw, const float *h, int64_t ldh, int64_t rows, int64_t cols,
+                           const int32_t *order, const int64_t *first, int64_t blocks, const float *u,
+                           const int32_t *group, int64_t groups, int32_t scales_move, int32_t max_code, float *scales,
+                           int32_t *zeros, uint8_t *codes, int64_t ldcodes, double *gained);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,9 @@
 // Entry points of the solver: arguments are checked here, the kernels of the active instruction set do the work.
 #include "solver.h"
 
+#include <memory>
+#include <new>
+
 #include "isa.h"
 #include "lightgptq.h"
 #include "parallel.h"
@@ -37,6 +40,24 @@ lgq_status check_groups(const int32_t *group, int64_t cols, int64_t groups) {
   for (int64_t i = 0; i < cols; ++i)
     if (group[i] < 0 || group[i] >= groups) return LGQ_BAD_GROUP;
   return LGQ_OK;
+}
+
+bool is_permutation(const int32_t *order, int64_t n) {
+  std::unique_ptr<bool[]> seen(new (std::nothrow) bool[static_cast<size_t>(n)]());
+  if (!seen) return false;
+  for (int64_t i = 0; i < n; ++i) {
+    if (order[i] < 0 || order[i] >= n || seen[order[i]]) return false;
+    seen[order[i]] = true;
+  }
+  return true;
+}
+
+// Whether order[begin] to order[end] are the columns of one group, all of them.
+bool is_whole_group(const int32_t *order, const int32_t *group, int64_t cols, int64_t begin, int64_t end) {
+  const int32_t g = group[order[begin]];
+  for (int64_t k = 0; k < cols; ++k)
+    if ((group[order[k]] == g) != (k >= begin && k < end)) return false;
+  return true;
 }
 
 lgq_status finished(bool ok) { return ok ? LGQ_OK : LGQ_OUT_OF_MEMORY; }
@@ -101,4 +122,24 @@ int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64_t cols,
   if (candidates < 1 || candidates > 1 << 16 || refits < 0 || max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
   return finished(kernels().search_grid({w, ldw, rows, cols, groups, group_width, importance, candidates, scales, zeros,
                                          refits, max_code, best_scales, best_zeros, max_threads()}));
+}
+
+int32_t lgq_refine(const float *w, int64_t ldw, const float *h, int64_t ldh, int64_t rows, int64_t cols,
+                   const int32_t *order, const int64_t *first, int64_t blocks, const float *u, const int32_t *group,
+                   int64_t groups, int32_t scales_move, int32_t max_code, float *scales, int32_t *zeros, uint8_t *codes,
+                   int64_t ldcodes, double *gained) {
+  using namespace lgq;
+  if (!w || !h || !order || !first || !u || !group || !scales || !zeros || !codes || !gained) return LGQ_NULL_POINTER;
+  if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !size_ok(blocks) || !stride_ok(ldw, cols) ||
+      !stride_ok(ldh, cols) || !stride_ok(ldcodes, cols) || blocks > cols || first[0] < 0 || first[blocks] > cols)
+    return LGQ_BAD_SIZE;
+  if (max_code < 1 || max_code > 255 || scales_move < 0 || scales_move > 2) return LGQ_BAD_VALUE;
+  if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
+  if (!is_permutation(order, cols)) return LGQ_BAD_VALUE;
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (first[i + 1] <= first[i] || first[i + 1] > cols || first[i + 1] - first[i] > LGQ_WIDEST_BLOCK) return LGQ_BAD_SIZE;
+    if (scales_move && !is_whole_group(order, group, cols, first[i], first[i + 1])) return LGQ_BAD_GROUP;
+  }
+  return finished(kernels().refine({w, ldw, h, ldh, rows, cols, order, first, blocks, u, group, groups, scales_move > 0,
+                                    scales_move > 1, max_code, scales, zeros, codes, ldcodes, gained, max_threads()}));
 }

@@ -67,12 +67,36 @@ struct GridArgs {
   int64_t threads;            // at least 1
 };
 
+struct RefineArgs {
+  const float *w;           // (rows, cols), leading dimension ldw
+  int64_t ldw;
+  const float *h;           // (cols, cols) symmetric, leading dimension ldh
+  int64_t ldh;
+  int64_t rows, cols;
+  const int32_t *order;     // (cols,) every column once, block after block
+  const int64_t *first;     // (blocks + 1,) where a block begins in it
+  int64_t blocks;
+  const float *u;           // of each block (n, n) upper, H_BB^-1 = U^T U, one after the other
+  const int32_t *group;     // (cols,)
+  int64_t groups;
+  bool single_groups;       // every block is a whole group: its scale moves
+  bool move_zeros;          // its zero as well
+  int32_t max_code;
+  float *scales;            // (groups, rows), modified
+  int32_t *zeros;           // (groups, rows), modified
+  uint8_t *codes;           // (rows, cols), leading dimension ldcodes, modified
+  int64_t ldcodes;
+  double *gained;           // (rows,): what each row's loss lost is added
+  int64_t threads;          // at least 1
+};
+
 // Each returns false when memory ran out.
 struct SolverKernels {
   bool (*sweep)(const SweepArgs &);
   bool (*syrk)(const SyrkArgs &);
   bool (*obq)(const ObqArgs &);
   bool (*search_grid)(const GridArgs &);
+  bool (*refine)(const RefineArgs &);
 };
 
 extern const SolverKernels kSolverPortable;

@@ -1,8 +1,9 @@
 #include "solver_grid.h"
 #include "solver_obq.h"
+#include "solver_refine.h"
 #include "solver_sweep.h"
 #include "solver_syrk.h"
 
 namespace lgq {
-const SolverKernels kSolverAvx2{sweep, syrk, obq, search_grid};
+const SolverKernels kSolverAvx2{sweep, syrk, obq, search_grid, refine};
 }  // namespace lgq

@@ -148,8 +148,8 @@ inline void sweep_block(const SweepArgs &a, const Strip &s, int64_t b, int64_t e
   }
 }
 
-inline void sweep_strip(const SweepArgs &a, const Strip &s) {
-  load_strip(a, s);
+// All columns of a strip whose weights and grid are loaded.
+inline void sweep_columns(const SweepArgs &a, const Strip &s) {
   for (int64_t r = 0; r < s.panels * MR; ++r) s.loss[r] = 0.0;
   for (int64_t b = 0; b < a.cols; b += NB) {
     const int64_t e = min64(b + NB, a.cols), slivers = ceil_div(e - b, NR);
@@ -164,6 +164,11 @@ inline void sweep_strip(const SweepArgs &a, const Strip &s) {
     }
     sweep_block(a, s, b, e);
   }
+}
+
+inline void sweep_strip(const SweepArgs &a, const Strip &s) {
+  load_strip(a, s);
+  sweep_columns(a, s);
   for (int64_t r = 0; r < s.rows; ++r) a.loss[s.first + r] = s.loss[r];
   if (a.err) store_errors(a, s);
 }

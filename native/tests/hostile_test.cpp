@@ -183,6 +183,47 @@ void spoil_solvers() {
   CHECK(search(6, rows, cols, groups, 2, 2, 3, 15, nullptr) == LGQ_NULL_POINTER);
 }
 
+void spoil_refinement() {
+  const int64_t rows = 4, cols = 6, groups = 3;
+  std::vector<float> w(24, 0.3f), hessian(36, 0.1f), u(12, 0.5f), scales(12, 0.25f);
+  for (int64_t i = 0; i < cols; ++i) hessian[i * cols + i] = 1.0f;
+  std::vector<int32_t> zeros(12, 2), group = {0, 0, 1, 1, 2, 2}, order = {0, 1, 2, 3, 4, 5};
+  std::vector<int64_t> first = {0, 2, 4, 6};
+  std::vector<uint8_t> codes(24);
+  std::vector<double> gained(4);
+  const auto refine = [&](int64_t ldw, int64_t ldh, int64_t r, int64_t c, int64_t blocks, int64_t g, int32_t moves,
+                          int32_t max_code, int64_t ldc) {
+    return lgq_refine(w.data(), ldw, hessian.data(), ldh, r, c, order.data(), first.data(), blocks, u.data(),
+                      group.data(), g, moves, max_code, scales.data(), zeros.data(), codes.data(), ldc, gained.data());
+  };
+  for (const int32_t moves : {0, 1, 2}) CHECK(refine(6, 6, rows, cols, 3, groups, moves, 3, 6) == LGQ_OK);
+  refuse_sizes([&](int64_t v) { return refine(v, 6, rows, cols, 3, groups, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, v, rows, cols, 3, groups, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, 6, v, cols, 3, groups, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, 6, rows, v, 3, groups, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, 6, rows, cols, v, groups, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, 6, rows, cols, 3, v, 1, 3, 6); });
+  refuse_sizes([&](int64_t v) { return refine(6, 6, rows, cols, 3, groups, 1, 3, v); });
+  CHECK(refine(6, 6, rows, cols, 3, groups, 3, 3, 6) == LGQ_BAD_VALUE);
+  CHECK(refine(6, 6, rows, cols, 3, groups, 1, 0, 6) == LGQ_BAD_VALUE);
+  CHECK(refine(6, 6, rows, cols, 3, 2, 1, 3, 6) == LGQ_BAD_GROUP);
+  order[0] = 1;  // a column twice
+  CHECK(refine(6, 6, rows, cols, 3, groups, 1, 3, 6) == LGQ_BAD_VALUE);
+  order[0] = -1;
+  CHECK(refine(6, 6, rows, cols, 3, groups, 1, 3, 6) == LGQ_BAD_VALUE);
+  order[0] = 0;
+  first = {0, 2, 3, 6};  // a part of a group
+  CHECK(refine(6, 6, rows, cols, 3, groups, 1, 3, 6) == LGQ_BAD_GROUP);
+  first = {0, 2, 2, 6};
+  CHECK(refine(6, 6, rows, cols, 3, groups, 0, 3, 6) == LGQ_BAD_SIZE);
+  first = {0, 2, 4, 7};
+  CHECK(refine(6, 6, rows, cols, 3, groups, 0, 3, 6) == LGQ_BAD_SIZE);
+  first = {-1, 2, 4, 6};
+  CHECK(refine(6, 6, rows, cols, 3, groups, 0, 3, 6) == LGQ_BAD_SIZE);
+  CHECK(lgq_refine(nullptr, 6, hessian.data(), 6, rows, cols, order.data(), first.data(), 3, u.data(), group.data(),
+                   groups, 1, 3, scales.data(), zeros.data(), codes.data(), 6, gained.data()) == LGQ_NULL_POINTER);
+}
+
 }  // namespace
 
 void test_hostile() {
@@ -191,4 +232,5 @@ void test_hostile() {
   spoil_packing(w);
   spoil_products(w);
   spoil_solvers();
+  spoil_refinement();
 }

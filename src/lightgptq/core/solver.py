@@ -32,8 +32,8 @@ def gptq(
 
     W           float (out, in), not modified
     factor      of H, built with the same scheme
-    H           float32 (in, in), optional: makes the reported loss exact; without it the damping's part is
-                taken off the sweep's own sum, which is the same up to rounding; needed by scheme.refine
+    H           float32 (in, in), needed by scheme.refine; without refinement it makes the reported loss exact, where
+                otherwise the damping's part is taken off the solver's own sum, which is the same up to rounding
     grid        scales and zeros to use instead of ``fit_grid``'s; static groups only
     block_size  columns updated eagerly, a matter of speed only
 
@@ -153,16 +153,28 @@ def _finished(
     if scheme.refine > 0:
         if H is None:
             raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
-        codes, grid = refine(W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge)
+        before = _stand_in_loss(W, codes, grid, g_idx, factor)
+        codes, grid, gained = refine(
+            W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge
+        )
+        row_loss = row_loss - gained + (_stand_in_loss(W, codes, grid, g_idx, factor) - before)
     results, start = [], 0
     for part in parts:
         rows = slice(start, start + part)
         start = rows.stop
         own = Grid(grid.scales[:, rows].contiguous(), grid.zeros[:, rows].contiguous())
         D = W[rows] - dequantize_codes(codes[rows], own, g_idx)
-        loss = _undamped_loss(D, row_loss[rows], factor) if H is None else quadratic_loss(D, H)
+        exact = None if scheme.refine > 0 else H
+        loss = _undamped_loss(D, row_loss[rows], factor) if exact is None else quadratic_loss(D, exact)
         results.append(QuantizedWeight(codes[rows], own.scales.half(), own.zeros, g_idx, scheme.bits, loss))
     return results
+
+
+def _stand_in_loss(W: Tensor, codes: Tensor, grid: Grid, g_idx: Tensor, factor: HessianFactor) -> Tensor:
+    """What dead inputs' stand-in diagonal puts into the loss of each row, float32 (out,)."""
+    dead = torch.nonzero(factor.dead).flatten()
+    D = W[:, dead] - dequantize_codes(codes[:, dead], grid, g_idx[dead])
+    return factor.mean * D.square().sum(dim=1)
 
 
 def _undamped_loss(D: Tensor, row_loss: Tensor, factor: HessianFactor) -> float:
