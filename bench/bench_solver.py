@@ -1,6 +1,6 @@
-"""The native solver against PyTorch on the same machine in the same minute: sweep, Hessian, factor, OBQ.
+"""The native solver against PyTorch on the same machine in the same minute: sweep, refinement, Hessian, factor, OBQ.
 
-    python -m bench.bench_solver [--only sweep,gram,grid,factor,obq,layer] [--shapes 4096x4096,...] [--repeats 5]
+    python -m bench.bench_solver [--only sweep,refine,gram,grid,factor,obq,layer] [--shapes 4096x4096,...] [--repeats 5]
         [--quick] [--one-core] [--no-loop] [--gptqmodel PYTHON] [--no-append]
 
 ``--gptqmodel`` names a Python that has GPTQModel installed, whose solver is then timed for a whole layer, too.
@@ -25,11 +25,14 @@ from torch import Tensor
 
 from bench.record import append
 from lightgptq import native
+from lightgptq.core.column_block import ColumnBlock
 from lightgptq.core.gram_cpu import add_gram_cpu
 from lightgptq.core.grid import Grid, fit_grid
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_torch
 from lightgptq.core.obq import obq_torch
 from lightgptq.core.obq_cpu import obq_cpu
+from lightgptq.core.refine_cpu import refine_cpu
+from lightgptq.core.refine_torch import refine_torch
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.core.sweep import sweep_torch
@@ -44,7 +47,7 @@ TOKENS = 2048
 def main() -> None:
     """Run the chosen parts, print each line and append it to bench/results/solver.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="sweep,gram,grid,factor,obq,layer")
+    parser.add_argument("--only", default="sweep,refine,gram,grid,factor,obq,layer")
     parser.add_argument("--shapes", default=SHAPES, help="out x in, for the sweep and whole layers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gptqmodel", type=Path, help="a Python with GPTQModel, for whole layers")
@@ -60,6 +63,7 @@ def main() -> None:
         raise SystemExit("the native library was not built")
     parts = {
         "sweep": bench_sweep,
+        "refine": bench_refine,
         "gram": bench_gram,
         "grid": bench_grid,
         "factor": bench_factor,
@@ -173,6 +177,58 @@ def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
             line[f"{name}_loop_seconds"] = round(middle - started, 2)
             line[f"times_faster_than_{name}_loop"] = round((middle - started) / (how.clock() - middle), 1)
         yield line
+
+
+def refine_problem(
+    out_features: int, in_features: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor, list[ColumnBlock]]:
+    """Random weights, correlated inputs' H, codes of a sweep at 2 bits, their grid, g_idx and the groups as blocks."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(out_features, in_features, generator=generator) * 0.02
+    X = torch.randn(2 * in_features, in_features, generator=generator)
+    X = X + 0.5 * X.roll(1, dims=1)
+    H = (X.t() @ X) / len(X)
+    scheme = QuantScheme(bits=2, group_size=width)
+    solved = gptq(W, HessianFactor.build(H, scheme), scheme)
+    grid = Grid(solved.scales.float(), solved.zeros)
+    columns = torch.arange(in_features).split(width)
+    blocks = [ColumnBlock.of(H, indices, scheme, group) for group, indices in enumerate(columns)]
+    return W, H, solved.codes, grid, solved.g_idx, [block for block in blocks if block is not None]
+
+
+def bench_refine(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
+    """A pass over all groups beside the product ``W H``, ``2 out in^2`` operations, that it cannot do without."""
+    for out_features, in_features in how.shapes:
+        for width in (128, 32):
+            W, H, codes, grid, g_idx, blocks = refine_problem(out_features, in_features, width)
+            ordered = [(block.solving_order, block.factor.U) for block in blocks]
+
+            def native_pass() -> tuple[Tensor, Tensor]:
+                own, own_grid = codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())  # noqa: B023
+                return own, refine_cpu(library, W, H, own, own_grid, g_idx, ordered, 3, scales_move=True)  # noqa: B023
+
+            def torch_pass() -> tuple[Tensor, Tensor]:
+                own, own_grid = codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())  # noqa: B023
+                return own, refine_torch(W, H, own, own_grid, g_idx, blocks, 3)  # noqa: B023
+
+            (found, gained), (expected, gained_by_torch) = native_pass(), torch_pass()
+            seconds = how.interleave(
+                {"native": native_pass, "torch": torch_pass, "matmul": lambda: W @ H}  # noqa: B023
+            )
+            yield {
+                "bench": "refine",
+                "shape": [out_features, in_features],
+                "group_size": width,
+                "rows_with_other_codes": int((found != expected).any(dim=1).sum()),
+                "loss_lost": [round(float(part.sum()), 4) for part in (gained, gained_by_torch)],
+                "seconds": quantiles(seconds["native"]),
+                "torch_seconds": quantiles(seconds["torch"]),
+                "torch_matmul_gflops": quantiles(
+                    [2e-9 * out_features * in_features**2 / s for s in seconds["matmul"]]
+                ),
+                "fraction_of_matmul": ratios(seconds["matmul"], seconds["native"]),
+                "times_faster": ratios(seconds["torch"], seconds["native"]),
+            }
 
 
 def bench_gram(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:

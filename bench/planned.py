@@ -72,7 +72,7 @@ def planned(
     with torch.device("meta"), torch.no_grad(), FusedAttention():
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
         block = find_blocks(model)[0]
-        linears, lanes = block.linears(), 2 if scheme.mismatch > 0 else 1
+        linears = block.linears()
 
         def enter() -> BlockInput:
             sizes = (
@@ -82,12 +82,13 @@ def planned(
             return BlockInput((hidden,), {"position_embeddings": tuple(angles), "attention_mask": None})
 
         probe = probe_block(block.module, linears, enter)
+    batches = -(-samples // windows)
     needs = BlockNeeds.of(
         block.module,
         BlockLinears(linears, dict.fromkeys(linears, scheme), alone=False, tokens=windows * seq_len),
         probe,
-        batches=-(-samples // windows),
-        lanes=lanes,
+        batches=batches,
+        followed=-(-batches // scheme.mismatch_every) if scheme.mismatch > 0 else 0,
         together={},
         on_gpu=True,
     )

@@ -32,14 +32,43 @@ struct RefineStrip {
   float *target;   // (panels, n, MR): the best real values
   float *swept;    // (panels, n, MR): the same, and what a sweep makes of it
   float *gain;     // (panels, MR): change of the loss by the best codes so far, at most 0
-  float *half, *steps, *move;                // (n, MR) of one panel
-  float *to_half, *to_missing, *curvature;   // slivers of U^T, U and H_BB, each (ceil(n / NR), n, NR)
+  float *half, *steps, *move;               // (n, MR) of one panel
+  float *to_half, *to_missing, *curvature;  // slivers of U^T, U and H_BB, each (ceil(n / NR), n, NR)
   float *pack;             // slivers of H, (cols / KC, ceil(n / NR), KC, NR)
-  float *sweep_pack;
+  float *sweep_pack;       // slivers of U
   double *loss;            // (panels, MR): a sweep's
   int32_t *group;          // (n,)
   uint8_t *codes, *best;   // (panels, MR, n)
 };
+
+// Lays the arrays of floats out from base on, for blocks of up to n columns; how many floats they take. Base may be null.
+inline int64_t lay_out(const RefineArgs &a, int64_t panels, int64_t n, float *base, RefineStrip &s) {
+  int64_t used = 0;
+  const auto next = [&](int64_t floats) {
+    float *at = base ? base + used : nullptr;
+    used += ceil_div(floats, 16) * 16;
+    return at;
+  };
+  const int64_t wide = ceil_div(n, NR) * NR;
+  s.w = next(panels * a.cols * MR);
+  s.d = next(panels * a.cols * MR);
+  s.grid = next(panels * a.groups * 2 * MR);
+  s.before = next(panels * 2 * MR);
+  s.tried = next(panels * 2 * MR);
+  s.pull = next(panels * n * MR);
+  s.target = next(panels * n * MR);
+  s.swept = next(panels * n * MR);
+  s.gain = next(panels * MR);
+  s.half = next(n * MR);
+  s.steps = next(n * MR);
+  s.move = next(n * MR);
+  s.to_half = next(wide * n);
+  s.to_missing = next(wide * n);
+  s.curvature = next(wide * n);
+  s.pack = next(ceil_div(a.cols, KC) * KC * wide);
+  s.sweep_pack = next(max64(KC, NB) * NB);
+  return used;
+}
 
 inline void load_refined_strip(const RefineArgs &a, const RefineStrip &s) {
   for (int64_t q = 0; q < s.panels; ++q) {
@@ -287,29 +316,21 @@ bool refine(const RefineArgs &a) {
   int64_t widest = 0;
   for (int64_t i = 0; i < a.blocks; ++i) widest = max64(widest, a.first[i + 1] - a.first[i]);
   const int64_t height = strip_rows(a.rows, a.threads), strips = ceil_div(a.rows, height), panels = height / MR;
-  const int64_t panel = widest * MR, wide = ceil_div(widest, NR) * NR, square = wide * widest;
-  const int64_t packed = ceil_div(a.cols, KC) * KC * wide;
   int64_t next = 0, done = 0;
   // A thread that gets no memory leaves its strips to the others, so only a machine without any fails.
   auto work = [&](int, int) {
-    const int64_t sizes[] = {panels * a.cols * MR, panels * a.cols * MR, panels * a.groups * 2 * MR, panels * 2 * MR,
-                             panels * 2 * MR,      panels * panel,       panels * panel,             panels * panel,
-                             panels * MR,          panel,                panel,                      panel,
-                             square,               square,               square,                     packed,
-                             max64(KC, NB) * NB};
-    constexpr int kArrays = sizeof(sizes) / sizeof(sizes[0]);
-    int64_t total = 0, at[kArrays];
-    for (int i = 0; i < kArrays; ++i) at[i] = total, total += ceil_div(sizes[i], 16) * 16;
-    Scratch floats(total * 4), loss(panels * MR * 8), group(widest * 4), codes(2 * panels * MR * widest);
-    float *f = floats.as<float>();
-    uint8_t *c = codes.as<uint8_t>();
-    if (!f || !loss.as<double>() || !group.as<int32_t>() || !c) return;
+    RefineStrip s{};
+    Scratch floats(lay_out(a, panels, widest, nullptr, s) * 4), loss(panels * MR * 8), group(widest * 4);
+    Scratch codes(panels * MR * widest), best(panels * MR * widest);
+    s.loss = loss.as<double>(), s.group = group.as<int32_t>();
+    s.codes = codes.as<uint8_t>(), s.best = best.as<uint8_t>();
+    if (!floats.as<float>() || !s.loss || !s.group || !s.codes || !s.best) return;
+    lay_out(a, panels, widest, floats.as<float>(), s);
     for (int64_t i = take(&next); i < strips; i = take(&next), take(&done)) {
-      const int64_t first = i * height, rows = min64(height, a.rows - first);
-      refine_strip(a, {first,      rows,       ceil_div(rows, MR), f + at[0],  f + at[1],  f + at[2],  f + at[3],
-                       f + at[4],  f + at[5],  f + at[6],          f + at[7],  f + at[8],  f + at[9],  f + at[10],
-                       f + at[11], f + at[12], f + at[13],         f + at[14], f + at[15], f + at[16], loss.as<double>(),
-                       group.as<int32_t>(), c, c + panels * MR * widest});
+      s.first = i * height;
+      s.rows = min64(height, a.rows - s.first);
+      s.panels = ceil_div(s.rows, MR);
+      refine_strip(a, s);
     }
   };
   lgq::parallel(static_cast<int>(min64(a.threads, strips)), work);

@@ -104,6 +104,66 @@ void check_product(int64_t tokens, int64_t cols, bool bf16) {
     }
 }
 
+// Loss of every row in double precision.
+std::vector<double> losses(const Problem &p, const std::vector<double> &h, const std::vector<uint8_t> &codes) {
+  std::vector<double> loss(static_cast<size_t>(p.rows), 0.0), d(static_cast<size_t>(p.cols));
+  for (int64_t r = 0; r < p.rows; ++r) {
+    for (int64_t j = 0; j < p.cols; ++j)
+      d[j] = p.w[r * p.cols + j] - (codes[r * p.cols + j] - p.zero(r, j)) * p.scale(r, j);
+    for (int64_t i = 0; i < p.cols; ++i)
+      for (int64_t j = 0; j < p.cols; ++j) loss[r] += d[i] * h[i * p.cols + j] * d[j];
+  }
+  return loss;
+}
+
+// What every row is said to have gained, it has; with H = I + v v^T, where a block's U is that of its own Cholesky factor.
+void check_refine(Problem p, int64_t width, int32_t scales_move) {
+  for (int64_t j = 0; j < p.cols; ++j) p.group[j] = static_cast<int32_t>(j / width);
+  p.groups = (p.cols + width - 1) / width;
+  p.scales.assign(static_cast<size_t>(p.groups * p.rows), 2.0f / static_cast<float>(p.max_code));
+  p.zeros.assign(static_cast<size_t>(p.groups * p.rows), (p.max_code + 1) / 2);
+  Random random(11);
+  std::vector<double> h(static_cast<size_t>(p.cols * p.cols)), v(static_cast<size_t>(p.cols));
+  for (double &x : v) x = random.normal();
+  for (int64_t i = 0; i < p.cols; ++i)
+    for (int64_t j = 0; j < p.cols; ++j) h[i * p.cols + j] = v[i] * v[j] + (i == j ? 1.0 : 0.0);
+  std::vector<int32_t> order;
+  std::vector<int64_t> first = {0};
+  std::vector<float> u, float_h(h.begin(), h.end());
+  for (int64_t begin = 0; begin < p.cols; begin += width) {
+    const int64_t n = begin + width < p.cols ? width : p.cols - begin;
+    for (int64_t j = n; j-- > 0;) order.push_back(static_cast<int32_t>(begin + j));  // from the last to the first
+    first.push_back(begin + n);
+    // H_BB = I + v v^T has the inverse I - v v^T / (1 + v v); its upper Cholesky factor, U^T U, row by row
+    std::vector<double> inverse(static_cast<size_t>(n * n));
+    double norm = 1;
+    for (int64_t j = 0; j < n; ++j) norm += v[begin + j] * v[begin + j];
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        inverse[i * n + j] = (i == j ? 1.0 : 0.0) - v[order[begin + i]] * v[order[begin + j]] / norm;
+    for (int64_t i = 0; i < n; ++i) {
+      const double pivot = std::sqrt(inverse[i * n + i]);
+      for (int64_t j = 0; j < n; ++j) u.push_back(j < i ? 0.0f : static_cast<float>(inverse[i * n + j] / pivot));
+      for (int64_t k = i + 1; k < n; ++k)
+        for (int64_t j = i + 1; j < n; ++j)
+          inverse[k * n + j] -= inverse[i * n + k] * inverse[i * n + j] / (pivot * pivot);
+    }
+  }
+  std::vector<uint8_t> codes(p.w.size());
+  for (uint8_t &code : codes) code = static_cast<uint8_t>(random.below(p.max_code + 1));
+  std::vector<double> gained(static_cast<size_t>(p.rows), 0.0);
+  const std::vector<double> before = losses(p, h, codes);
+  CHECK(lgq_refine(p.w.data(), p.cols, float_h.data(), p.cols, p.rows, p.cols, order.data(), first.data(),
+                   static_cast<int64_t>(first.size()) - 1, u.data(), p.group.data(), p.groups, scales_move, p.max_code,
+                   p.scales.data(), p.zeros.data(), codes.data(), p.cols, gained.data()) == LGQ_OK);
+  const std::vector<double> after = losses(p, h, codes);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    CHECK(gained[r] >= 0.0);
+    CHECK(std::fabs(before[r] - after[r] - gained[r]) <= 1e-4 * before[r]);
+    CHECK(p.cols < 4 || after[r] < 0.9 * before[r]);  // random codes are far from the best ones
+  }
+}
+
 // The loss is that of the codes: (w - q) H (w - q)^T with H = diagonal, where the order does not matter.
 void check_obq(const Problem &p) {
   std::vector<double> inverse(static_cast<size_t>(p.cols * p.cols), 0.0), loss(static_cast<size_t>(p.rows));
@@ -165,6 +225,8 @@ void test_solver() {
       check_sweep(p, true);
       check_sweep(p, false);
       if (size[0] < 100) check_obq(p);
+      for (const int64_t width : {1, 13, 64, 193})
+        for (const int32_t scales_move : {0, 1, 2}) check_refine(p, width, scales_move);
     }
   for (const int64_t tokens : {1, 7, 513})
     for (const int64_t cols : {1, 5, 33, 200})

@@ -12,7 +12,7 @@ from tests.oracles import correlated_problem
 
 from lightgptq import QuantScheme, native
 from lightgptq.core import grid as grids
-from lightgptq.core import refine, types
+from lightgptq.core import refine_torch, types
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import Correction
@@ -36,7 +36,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(grids, "SEARCH_VALUES", grids.GPU_SEARCH_VALUES)
     monkeypatch.setattr(types, "PANEL_VALUES", 1 << 12)
-    monkeypatch.setattr(refine, "STRIP_ROWS", 1 << 30)
+    monkeypatch.setattr(refine_torch, "STRIP_ROWS", 1 << 30)
 
 
 @pytest.mark.parametrize("scheme", [FAST, BALANCED, PARTLY], ids=["fast", "balanced", "partly"])
@@ -162,6 +162,17 @@ def test_large_models_stay_below_their_goals(name: str) -> None:
     _, roomy = planned(shape, 128, 2048, 2 * 10**11, QuantScheme())
     assert not roomy.replay
     assert roomy.peak > shape.goal, "the limit changes nothing"
+
+
+def test_batches_that_the_original_does_not_follow_wait_once() -> None:
+    plain, quarter, all_of_them = (
+        planned(SHAPES["tiny"], 64, 2048, 1 << 40, QuantScheme(mismatch=mismatch, mismatch_every=every))[0]
+        for mismatch, every in ((0.0, 1), (1.0, 4), (1.0, 1))
+    )
+    assert quarter.waiting == plain.waiting * 5 // 4
+    assert quarter.outputs == plain.outputs * 5 // 4
+    assert all_of_them.waiting == 2 * plain.waiting
+    assert quarter.one_batch == all_of_them.one_batch == 2 * plain.one_batch
 
 
 def test_only_small_experts_are_solved_together() -> None:

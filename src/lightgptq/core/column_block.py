@@ -50,14 +50,14 @@ class ColumnBlock:
         """`indices`, or the slice that they are."""
         return as_slice(self.indices)
 
-    @cached_property
+    @property
     def U(self) -> Tensor:
         """Float32 (n, n), ``H^-1 = U^T U`` with the columns in the order of `indices`."""
         U = torch.empty_like(self.factor.U)
         U[:, self.factor.perm] = self.factor.U
         return U
 
-    @cached_property
+    @property
     def inverse(self) -> Tensor:
         """int64 (n,), place of each column in solving order."""
         return torch.argsort(self.factor.perm)

@@ -33,9 +33,9 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
 
     ``fast``      the scale search alone, which eight bits are better without: the time of plain GPTQ.
     ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
-                  since so few tokens know it only roughly; one light round of refinement, at two bits, where it still
-                  gains, two thorough ones.
-    ``best``      the original goes along with all batches, refinement is thorough; at two and three bits codes and
+                  since so few tokens know it only roughly; one round of refinement, two at two bits, where the second
+                  still gains.
+    ``best``      the original goes along with all batches, two rounds of refinement; at two and three bits codes and
                   scales of each block are then trained on its output; `distill_steps` come on top.
 
     Raises UsageError for another name.

@@ -91,7 +91,8 @@ def _solve_block(rows: _Rows, block: ColumnBlock, R: Tensor, max_code: int, zero
     R  float32 (rows, n), ``D H`` in the block's columns
     """
     W, old = rows.W[:, block.columns], rows.D[:, block.columns]
-    missing = (R @ block.U.t()) @ block.U  # from Q to the best real values
+    U = block.U
+    missing = (R @ U.t()) @ U  # from Q to the best real values
     ordered = (W - old).add_(missing)[:, block.factor.perm].contiguous()
     best_codes = rows.codes[:, block.columns]
     group, g_idx, grid = block.group, rows.g_idx[block.columns], rows.grid

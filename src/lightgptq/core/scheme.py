@@ -32,7 +32,7 @@ class QuantScheme:
     mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
     mismatch_every  that difference is measured on every n-th calibration batch, which divides its price by n.
-    refine        rounds of scale refitting and block descent after the sweep, each never increasing the loss.
+    refine        rounds of block descent over codes and scales after the sweep, each never increasing the loss.
     tune          gradient steps that train codes and scales of the whole decoder block on its output after that
                   (a block takes as many as the most of its linears ask for); takes a second forward, too.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightgptq.core.refine import BLOCK_COLUMNS
+from lightgptq.core.refine_torch import BLOCKS_AT_ONCE
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.quantization.groups import LinearGroup, Probe
 from lightgptq.quantization.siblings import Item
@@ -26,7 +28,8 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     """What solving linears of one input takes at most: float32 matrices (width, width) and copies of the weights.
 
     The matrices are H, its flipped copy and the factor (or H, the factor and the factor's copy), with a corrected
-    mismatch M, and H of its tokens where they are not all, and while refining the damped H.
+    mismatch M, and H of its tokens where they are not all, and while refining the damped H. Refinement keeps H and its
+    factor for each of its blocks, of groups and shuffled ones, and the columns of H that are solved at a time.
 
     width    of the input
     weights  of all linears that are solved as one
@@ -35,7 +38,8 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     refined, corrected = any(s.refine for s in schemes), any(s.mismatch > 0 for s in schemes)
     partly = any(s.mismatch > 0 and s.mismatch_every > 1 for s in schemes)
     per_weight = BYTES_PER_WEIGHT_REFINED if refined else BYTES_PER_WEIGHT
-    return 4 * (3 + corrected + partly + refined) * width * width + per_weight * weights
+    blocks = (4 + BLOCKS_AT_ONCE) * BLOCK_COLUMNS if refined else 0
+    return 4 * ((3 + corrected + partly + refined) * width + blocks) * width + per_weight * weights
 
 
 def tuning_bytes(linears: Collection[nn.Linear], tokens: int) -> int:
@@ -117,22 +121,22 @@ class BlockNeeds:
         probe: Probe,
         *,
         batches: int,
-        lanes: int,
+        followed: int,
         together: Mapping[LinearGroup, int],
         on_gpu: bool,
     ) -> BlockNeeds:
         """What follows from a probe of the block with one batch.
 
-        lanes  ways through the block: 2 where the original is followed
+        followed  batches that the original goes along with; 0 where it is not followed
         """
         weights = sum(parameter.nbytes for parameter in block.parameters())
         workspace = max((together.get(g, 1) * chosen.workspace(g.names) for g in probe.groups), default=0)
         beside = weights + WAITING_BYTES + LIBRARY_BYTES if on_gpu else 0
         return cls(
-            fixed=max(workspace, chosen.tuning()) + (lanes - 1) * weights + beside,
-            waiting=max((g.live_bytes for g in probe.groups), default=0) * batches * lanes,
-            one_batch=probe.peak_bytes * lanes,
-            outputs=probe.entering_bytes * batches * lanes,
+            fixed=max(workspace, chosen.tuning()) + (weights if followed else 0) + beside,
+            waiting=max((g.live_bytes for g in probe.groups), default=0) * (batches + followed),
+            one_batch=probe.peak_bytes * (2 if followed else 1),
+            outputs=probe.entering_bytes * (batches + followed),
         )
 
     def share(self, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:

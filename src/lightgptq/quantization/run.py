@@ -272,12 +272,13 @@ class QuantizeRun:
     ) -> BlockMemory:
         """Decide where the batches of a block are held; ``again``: what enters it is read more than once."""
         flows, device = [f for f in (self.flow, self.original) if f is not None], self.skeleton.device
+        batches, every = len(flows[0].batches), _every(chosen.schemes.values())
         needs = BlockNeeds.of(
             block.module,
             chosen,
             probe,
-            batches=len(flows[0].batches),
-            lanes=len(flows),
+            batches=batches,
+            followed=-(-batches // every) if len(flows) > 1 else 0,
             together=together,
             on_gpu=device.type == "cuda",
         )
