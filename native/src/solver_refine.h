@@ -158,11 +158,12 @@ inline void pack_block(const RefineArgs &a, const RefineStrip &s, const RefineBl
 }
 
 // out = a @ B for one panel, a and out (n, MR), B as slivers of which only depths [from, to) of column j are not 0.
-enum class Triangle { full, upper, lower };
+enum class Triangle { upper, lower };
 template <Triangle kShape>
 inline void multiply_block(const float *a, const float *slivers, int64_t n, float *out) {
   for (int64_t j = 0; j < n; j += NR) {
-    const int64_t from = kShape == Triangle::lower ? j : 0, to = kShape == Triangle::upper ? min64(j + NR, n) : n;
+    const bool upper = kShape == Triangle::upper;
+    const int64_t from = upper ? 0 : j, to = upper ? min64(j + NR, n) : n;
     vec acc[NR][2];
     clear_tile(acc);
     multiply_tile(a + from * MR, slivers + j * n + from * NR, to - from, acc);
