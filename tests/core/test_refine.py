@@ -1,14 +1,15 @@
-"""Refinement never makes a row worse."""
+"""Refinement never makes a row worse, and the closed-form scales are the least-squares ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.oracles import correlated_problem, damped, layer_loss, row_losses
+from tests.oracles import correlated_problem, damped, layer_loss, least_squares_scales, row_losses
 
-from lightgptq.core.grid import fit_grid, trivial_g_idx
+from lightgptq.core.grid import dequantize_codes, fit_grid, quantize_to_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.refine import refine
+from lightgptq.core.refit import refit_scales
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
 from lightgptq.errors import QuantizationError
@@ -37,6 +38,22 @@ def test_no_row_gets_worse_and_the_layer_gets_better(bits, group_size, sym, stat
     if sym:
         assert torch.equal(better.zeros, q.zeros)
     assert better.loss == pytest.approx(layer_loss(W, better.dequantize(), H), rel=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 7])
+def test_refitted_scales_are_the_least_squares_ones(group_size):
+    scheme = QuantScheme(bits=3, group_size=group_size)
+    W, H = correlated_problem(10, 32, seed=3)
+    grid, g_idx = fit_grid(W, scheme), trivial_g_idx(32, scheme)
+    codes = quantize_to_grid(W, grid, g_idx, scheme)
+    fitted, gained = refit_scales(W, H, codes, grid, g_idx)
+    expected = least_squares_scales(W, H, codes.double() - scheme.mid_code, g_idx)
+    # float16 rounding of the scale is 2^-11; the ridge of 1e-5 acts through the system's condition (< 100 here).
+    assert ((fitted.scales.double() - expected).abs() <= 4e-3 * expected.abs().max()).all()
+    before = row_losses(W, dequantize_codes(codes, grid, g_idx), H)
+    after = row_losses(W, dequantize_codes(codes, fitted, g_idx), H)
+    assert (after <= before * (1 + 1e-4)).all()
+    torch.testing.assert_close(gained, before - after, rtol=1e-4, atol=1e-5 * float(before.max()))
 
 
 def test_result_does_not_depend_on_the_other_rows():

@@ -18,6 +18,7 @@ from lightgptq.core.column_block import ColumnBlock
 from lightgptq.core.grid import Grid
 from lightgptq.core.refine_cpu import WIDEST_BLOCK, refine_cpu
 from lightgptq.core.refine_torch import refine_torch
+from lightgptq.core.refit import refit_scales
 from lightgptq.core.scheme import QuantScheme
 
 BLOCK_COLUMNS = 128  # columns of a shuffled block; 64 and 256 end within 1 % of the same loss
@@ -36,8 +37,9 @@ def refine(
 ) -> tuple[Tensor, Grid, Tensor]:
     """Codes and grid whose loss is at or below the one given, row by row.
 
-    One round re-solves shuffled blocks of columns, so that columns meet that no group brings together, and then every
-    group with its scale. It takes about two products ``W H``.
+    All scales are refitted jointly, since where inputs have much in common a group's own scale cannot tell what its
+    neighbours will do. One round then re-solves shuffled blocks of columns, so that columns meet that no group brings
+    together, and every group with its scale; it takes about two products ``W H``, the refit about as much.
 
     W       float32 (out, in), what the codes stand for
     H       float32 (in, in)
@@ -54,8 +56,8 @@ def refine(
     generator = torch.Generator().manual_seed(0)
     members = (torch.nonzero(g_idx == group).flatten() for group in range(len(grid.scales)))
     groups = _present(ColumnBlock.of(H, indices, scheme, group) for group, indices in enumerate(members))
-    W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())
-    gained = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    grid, gained = refit_scales(W, H, codes, grid, g_idx)
+    W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales, grid.zeros.clone())
     for _ in range(rounds):
         if W.shape[1] > BLOCK_COLUMNS:
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
