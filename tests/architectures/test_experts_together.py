@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Makes runs solve that many experts of the zoo's size at once; returns the sizes of the batches, as they come."""
     sizes: list[int] = []
 
@@ -40,8 +40,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         sizes.append(len(groups))
         return solve_together(groups)
 
-    def begin(experts: int) -> list[int]:
-        room = experts * workspace_bytes(96, 2 * 96 * 64, [SCHEME])
+    def begin(experts: int, scheme: QuantScheme = SCHEME) -> list[int]:
+        room = experts * workspace_bytes(96, 2 * 96 * 64, [scheme])
         monkeypatch.setattr(run, "experts_bytes", lambda max_memory, device: room)
         monkeypatch.setattr(solve, "solve_together", watch)
         return sizes
@@ -97,7 +97,7 @@ def test_the_checkpoint_is_that_of_experts_one_by_one(
     """Factors and grids are those of a batch, rounded elsewhere: of 74 to 98 thousand codes at most 1 in 1000 may lie
     so near a boundary that it falls to the other side, with what follows from it. (None did when this was written.)"""
     alone = lightgptq.quantize(zoo_folder(name), tmp_path / "alone", scheme, calibration=windows)
-    sizes = batches(4)
+    sizes = batches(4, scheme)
     together = lightgptq.quantize(zoo_folder(name), tmp_path / "together", scheme, calibration=windows)
     assert len(sizes) == 4  # two blocks of two stages
     assert min(sizes) >= 4

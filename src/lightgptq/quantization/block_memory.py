@@ -38,7 +38,9 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     refined, corrected = any(s.refine for s in schemes), any(s.mismatch > 0 for s in schemes)
     partly = any(s.mismatch > 0 and s.mismatch_every > 1 for s in schemes)
     per_weight = BYTES_PER_WEIGHT_REFINED if refined else BYTES_PER_WEIGHT
-    blocks = (4 + BLOCKS_AT_ONCE) * BLOCK_COLUMNS if refined else 0
+    blocks = 2 * min(BLOCK_COLUMNS, width) if refined else 0
+    if refined and width > BLOCK_COLUMNS:
+        blocks += 2 * BLOCK_COLUMNS + min(BLOCKS_AT_ONCE * BLOCK_COLUMNS, width)
     return 4 * ((3 + corrected + partly + refined) * width + blocks) * width + per_weight * weights
 
 
