@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench.record import append
 from lightgptq import native
-from lightgptq.core.column_block import ColumnBlock
+from lightgptq.core.column_block import ColumnBlock, column_blocks
 from lightgptq.core.gram_cpu import add_gram_cpu
 from lightgptq.core.grid import Grid, fit_grid
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_torch
@@ -191,9 +191,8 @@ def refine_problem(
     scheme = QuantScheme(bits=2, group_size=width)
     solved = gptq(W, HessianFactor.build(H, scheme), scheme)
     grid = Grid(solved.scales.float(), solved.zeros)
-    columns = torch.arange(in_features).split(width)
-    blocks = [ColumnBlock.of(H, indices, scheme, group) for group, indices in enumerate(columns)]
-    return W, H, solved.codes, grid, solved.g_idx, [block for block in blocks if block is not None]
+    blocks = column_blocks(H, torch.arange(in_features).split(width), scheme, groups=True)
+    return W, H, solved.codes, grid, solved.g_idx, blocks
 
 
 def bench_refine(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:

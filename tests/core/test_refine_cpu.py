@@ -7,7 +7,7 @@ import torch
 from tests.oracles import correlated_problem, row_losses
 from torch import Tensor
 
-from lightgptq.core.column_block import ColumnBlock
+from lightgptq.core.column_block import ColumnBlock, column_blocks
 from lightgptq.core.grid import Grid, dequantize_codes
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.refine_cpu import WIDEST_BLOCK, refine_cpu
@@ -27,11 +27,6 @@ def problem(
     q = gptq(W, factor, scheme)
     H.diagonal().add_(factor.ridge)
     return W, H, q.codes, Grid(q.scales.float(), q.zeros), q.g_idx
-
-
-def blocks_of(H: Tensor, pieces: list[Tensor], scheme: QuantScheme, groups: bool) -> list[ColumnBlock]:
-    found = [ColumnBlock.of(H, piece, scheme, at if groups else None) for at, piece in enumerate(pieces)]
-    return [block for block in found if block is not None]
 
 
 def ordered(blocks: list[ColumnBlock]) -> list[tuple[Tensor, Tensor]]:
@@ -55,7 +50,7 @@ def test_same_codes_and_scales_as_torch(
         if groups
         else list(order.split(width))
     )
-    blocks = blocks_of(H, [piece.sort().values for piece in pieces], scheme, groups)
+    blocks = column_blocks(H, [piece.sort().values for piece in pieces], scheme, groups=groups)
     ours, expected = ((codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())) for _ in range(2))
     gained = refine_cpu(
         *(library, W, H, *ours, g_idx, ordered(blocks), scheme.max_code),
@@ -82,7 +77,7 @@ def test_columns_in_no_block_and_rows_that_cannot_gain_stay(library: NativeLibra
     scheme = QuantScheme(bits=3, group_size=16)
     W, H, codes, grid, g_idx = problem(scheme, 20, 64)
     W[:10] = dequantize_codes(codes, grid, g_idx)[:10]
-    blocks = blocks_of(H, [torch.arange(16, 32), torch.arange(48, 64)], scheme, groups=False)
+    blocks = column_blocks(H, [torch.arange(16, 32), torch.arange(48, 64)], scheme, groups=False)
     found = codes.clone()
     refine_cpu(library, W, H, found, grid, g_idx, ordered(blocks), scheme.max_code, scales_move=False)
     changed = found != codes
@@ -96,7 +91,7 @@ def test_threads_do_not_change_the_result(library: NativeLibrary):
     scheme = QuantScheme(bits=2, group_size=32)
     W, H, codes, grid, g_idx = problem(scheme, 100, 96)
     pieces = [torch.arange(start, start + 32) for start in (0, 32, 64)]
-    blocks = ordered(blocks_of(H, pieces, scheme, groups=True))
+    blocks = ordered(column_blocks(H, pieces, scheme, groups=True))
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):

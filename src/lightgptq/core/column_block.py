@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,6 +62,17 @@ class ColumnBlock:
     def inverse(self) -> Tensor:
         """int64 (n,), place of each column in solving order."""
         return torch.argsort(self.factor.perm)
+
+
+def column_blocks(
+    H: Tensor, pieces: Iterable[Tensor], scheme: QuantScheme, *, groups: bool
+) -> list[ColumnBlock]:
+    """A block for each of some columns, int64 (n,) in order, but those whose every input was always 0.
+
+    groups  the pieces are the groups, in order; otherwise they are any columns
+    """
+    built = (ColumnBlock.of(H, piece, scheme, at if groups else None) for at, piece in enumerate(pieces))
+    return [block for block in built if block is not None]
 
 
 def as_slice(columns: Tensor) -> Columns:

@@ -8,13 +8,13 @@ in closed form as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightgptq import native
-from lightgptq.core.column_block import ColumnBlock
+from lightgptq.core.column_block import ColumnBlock, column_blocks
 from lightgptq.core.grid import Grid
 from lightgptq.core.refine_cpu import WIDEST_BLOCK, refine_cpu
 from lightgptq.core.refine_torch import refine_torch
@@ -55,21 +55,17 @@ def refine(
     H.diagonal().add_(ridge)
     generator = torch.Generator().manual_seed(0)
     members = (torch.nonzero(g_idx == group).flatten() for group in range(len(grid.scales)))
-    groups = _present(ColumnBlock.of(H, indices, scheme, group) for group, indices in enumerate(members))
+    groups = column_blocks(H, members, scheme, groups=True)
     grid, gained = refit_scales(W, H, codes, grid, g_idx)
     W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales, grid.zeros.clone())
     for _ in range(rounds):
         if W.shape[1] > BLOCK_COLUMNS:
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
             pieces = (piece.sort().values for piece in order.split(BLOCK_COLUMNS))
-            shuffled = _present(ColumnBlock.of(H, indices, scheme, None) for indices in pieces)
+            shuffled = column_blocks(H, pieces, scheme, groups=False)
             gained += _solve(W, H, codes, grid, g_idx, shuffled, scheme)
         gained += _solve(W, H, codes, grid, g_idx, groups, scheme)
     return codes, grid, gained
-
-
-def _present(built: Iterable[ColumnBlock | None]) -> list[ColumnBlock]:
-    return [block for block in built if block is not None]
 
 
 def _solve(
