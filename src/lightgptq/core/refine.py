@@ -46,6 +46,7 @@ def refine(
     codes   uint8 (out, in), not modified
     grid    not modified
     g_idx   int32 (in,)
+    rounds  how many, after the one refit
     ridge   added to the diagonal of H, in H's unit: what the sweep was damped with
 
     Returns codes uint8 (out, in), a grid with float16 scales, and by how much each row's loss (with the ridge) fell,
