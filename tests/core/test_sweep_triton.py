@@ -55,16 +55,20 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return results("quick", tmp_path_factory.mktemp("triton"))
 
 
-def assert_solved(found: tuple[Tensor, Tensor], oracle: tuple[Tensor, Tensor, Tensor], bits: int) -> None:
-    """Same codes and loss, row by row; a row may differ after a value that lay on a rounding boundary."""
+def rows_that_differ(found: tuple[Tensor, Tensor], oracle: tuple[Tensor, Tensor, Tensor], bits: int) -> int:
+    """How many rows have other codes: only after a value on a rounding boundary; the others have the same loss."""
     (codes, loss), (expected, errors, margin) = found, oracle
     tolerance = rounding_tolerance(codes.shape[1], 2**bits - 1)
     different = (codes.double() != expected).any(dim=1)
     unexplained = different & ~(margin < tolerance).any(dim=1)
     assert not unexplained.any(), f"rows {torch.nonzero(unexplained).flatten().tolist()} differ"
-    assert int(different.sum()) <= max(1, 0.03 * len(codes))
     want = errors.square().sum(dim=1)[~different]
     torch.testing.assert_close(loss.double()[~different], want, rtol=1e-4, atol=1e-9)
+    return int(different.sum())
+
+
+def assert_solved(found: tuple[Tensor, Tensor], oracle: tuple[Tensor, Tensor, Tensor], bits: int) -> None:
+    assert rows_that_differ(found, oracle, bits) <= max(1, 0.03 * len(found[0]))
 
 
 @pytest.mark.parametrize("case", SWEEPS["quick"], ids=str)
@@ -75,8 +79,8 @@ def test_codes_and_loss_match_the_oracle(quick: dict[Any, Any], case: tuple[int,
 @pytest.mark.slow
 def test_codes_and_loss_match_the_oracle_at_all_sizes(tmp_path: Path) -> None:
     found = results("thorough", tmp_path)
-    for case in SWEEPS["thorough"]:
-        assert_solved(found[case], solved(*case[:3]), case[2])
+    different = [rows_that_differ(found[case], solved(*case[:3]), case[2]) for case in SWEEPS["thorough"]]
+    assert sum(different) <= 0.03 * sum(len(found[case][0]) for case in SWEEPS["thorough"])
 
 
 def test_a_batch_of_weights_with_factors_of_their_own_is_solved_one_by_one(quick: dict[Any, Any]) -> None:
