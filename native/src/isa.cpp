@@ -62,7 +62,11 @@ bool cpu_has(Isa isa) {
     case Isa::avx2:
       return CpuBits().avx2;
     case Isa::avx512:
+#if defined(LGQ_EMULATE_AVX512)
+      return CpuBits().avx2;
+#else
       return CpuBits().avx512;
+#endif
 #elif defined(LGQ_ARM64)
     case Isa::neon:
       return has_dot_product();

@@ -15,7 +15,9 @@
 
 namespace {
 
+#if !defined(LGQ_INLINE)
 #define LGQ_INLINE static inline __attribute__((always_inline))
+#endif
 
 template <int SHIFT>
 LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
@@ -29,7 +31,11 @@ LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
 
 // Keeps a value in the register that it is in: the compiler would otherwise keep copies of sums in memory, and load the
 // same codes once for each of their fields.
+#if defined(LGQ_EMULATE_AVX512)
+LGQ_INLINE void keep(__m512i &) {}
+#else
 LGQ_INLINE void keep(__m512i &v) { asm("" : "+v"(v)); }
+#endif
 
 LGQ_INLINE __m512i run_at(const uint8_t *vector, int run) { return _mm512_load_si512(vector + run * kRunBytes); }
 
