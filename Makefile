@@ -26,6 +26,7 @@ test-all: setup lint
 	$(BIN)/python -m pytest
 	scripts/native_tests.sh
 	scripts/neon_tests.sh
+	scripts/avx512_tests.sh
 
 lint: setup
 	$(BIN)/ruff check
