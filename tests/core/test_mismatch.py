@@ -61,6 +61,32 @@ def test_a_mismatch_of_some_tokens_is_solved_with_their_own_hessian(rows):
     assert torch.equal(followed.H, own)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_sum_for_one_weight_gives_the_same_target(own):
+    X_orig, X_quant = inputs()
+    W = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    hessian, square, weighted = HessianAccumulator(24), MismatchAccumulator(24), MismatchAccumulator(24, W=W)
+    hessian.add(X_quant)
+    for original, quantized in zip(X_orig.split(90), X_quant.split(90), strict=True):
+        square.add(original, quantized)
+        weighted.add(original[None], quantized[None])
+    assert weighted.finish().shape == W.shape
+    assert weighted.tokens == 300
+    factor, H = HessianFactor.build(hessian.finish(), QuantScheme()), hessian.H if own else None
+    expected = Correction(square.finish(), factor, 7, H).target(W, 0.7)
+    found = Correction(weighted.finish(), factor, 7, H, weighted=True).target(W, 0.7)
+    assert float((expected - W).abs().max()) > 0.1  # there is something to correct
+    assert float((found - expected).abs().max()) < 1e-4
+    for broken in (X_orig, X_quant):
+        kept = broken[5, 2].clone()
+        broken[5, 2] = float("nan")
+        with pytest.raises(QuantizationError, match="NaN or infinity"):
+            MismatchAccumulator(24, W=W).add(X_orig, X_quant)
+        broken[5, 2] = kept
+    with pytest.raises(QuantizationError, match="M is"):
+        Correction(weighted.M, factor, 7)
+
+
 def test_a_hessian_of_few_tokens_and_dead_inputs_is_damped_until_it_factors():
     X_orig, X_quant = inputs(tokens=10)
     X_orig[:, 3] = X_quant[:, 3] = 0.0

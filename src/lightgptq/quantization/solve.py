@@ -91,7 +91,11 @@ class GroupSolver:
                     rows = sum(module.out_features for module in linears.values())
                     followed = None if inputs.followed is None else inputs.followed.H
                     correction = corrections[key] = corrections.get(key) or Correction(
-                        inputs.mismatch.finish(), factor, rows, followed
+                        inputs.mismatch.finish(),
+                        factor,
+                        rows,
+                        followed,
+                        weighted=inputs.mismatch.W is not None,
                     )
                     weights = [correction.target(W, scheme.mismatch) for W in weights]
             solved = _solve(names, weights, scheme, H, factor)
@@ -127,7 +131,9 @@ class GroupSolver:
         for at, ((linears, inputs), H) in enumerate(zip(groups, hessians, strict=True)):
             schemes = {self.plan.schemes[name] for name in linears}
             scheme = next(iter(schemes))
-            if len(schemes) == 1 and scheme.method == "gptq" and scheme.static_groups and H is not None:
+            weighted = inputs.mismatch is not None and inputs.mismatch.W is not None
+            stackable = scheme.method == "gptq" and scheme.static_groups and not weighted
+            if len(schemes) == 1 and stackable and H is not None:
                 W = torch.cat([self._weight(name, module) for name, module in linears.items()])
                 M = inputs.mismatch.finish() if inputs.mismatch is not None and scheme.mismatch > 0 else None
                 parts = tuple(module.out_features for module in linears.values())
