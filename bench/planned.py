@@ -82,13 +82,12 @@ def planned(
             return BlockInput((hidden,), {"position_embeddings": tuple(angles), "attention_mask": None})
 
         probe = probe_block(block.module, linears, enter)
-    batches = -(-samples // windows)
     needs = BlockNeeds.of(
         block.module,
         BlockLinears(linears, dict.fromkeys(linears, scheme), alone=False, tokens=windows * seq_len),
         probe,
-        batches=batches,
-        followed=-(-batches // scheme.mismatch_every) if scheme.mismatch > 0 else 0,
+        batches=-(-samples // windows),
+        every=scheme.mismatch_every if scheme.mismatch > 0 else 0,
         together={},
         on_gpu=True,
     )
@@ -112,9 +111,10 @@ def main() -> None:
         needs, memory = planned(shape, options.samples, options.seq_len, limit, scheme)
         print(
             f"{name:>5}, {preset}: {memory.peak / 1e9:5.2f} GB of {limit / 1e9:.0f}, "
-            f"{'replaying' if memory.replay else 'waiting'}; at least {memory.least / 1e9:.2f} ("
+            f"{memory.waiting} of {needs.batches} batches wait; at least {memory.least / 1e9:.2f} ("
             f"{needs.fixed / 1e9:.2f} besides the block, one batch {needs.one_batch / 1e9:.2f}), "
-            f"all waiting {needs.waiting / 1e9:.2f}, kept between blocks {memory.between / 1e9:.2f}"
+            f"all waiting {needs.waiting_bytes(needs.batches) / 1e9:.2f}, "
+            f"kept between blocks {memory.between / 1e9:.2f}"
         )
         if not options.no_append:
             line = {"benchmark": "planned", "shape": name, "preset": preset, "limit": limit}

@@ -204,7 +204,7 @@ def test_replaying_gathers_all_experts_in_one_pass(
         return forward(self, *args)
 
     monkeypatch.setattr(router, "forward", counted)
-    monkeypatch.setattr(run.BlockPass, "run", lambda self, *, replay: always(self, replay=True))
+    monkeypatch.setattr(run.BlockPass, "run", lambda self, *, waiting: always(self, waiting=0))
     lightgptq.quantize(zoo_folder("qwen3-moe"), tmp_path / "out", SCHEME, calibration=windows)
     assert len(calls) == 1 + 2 * 3
 

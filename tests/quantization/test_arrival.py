@@ -43,7 +43,7 @@ def test_batches_in_another_order_neither_hang_nor_get_lost(replay: bool) -> Non
     groups = [LinearGroup(("a",)), LinearGroup(("b",))]
     block_pass = BlockPass(lane, groups, batches=4, solve=solve)
     with torch.no_grad():
-        block_pass.run(replay=replay)
+        block_pass.run(waiting=0 if replay else 4)
     assert sorted(outputs) == [0, 1, 2, 3]
     assert tokens == ({"a": 12, "b": 12} if replay else {"a": 6, "b": 12})
     assert block_pass.late == ({} if replay else {groups[0]: 6})
@@ -86,7 +86,9 @@ def test_a_batch_that_does_not_reach_a_group_goes_through_once(replay: bool) -> 
         groups = [LinearGroup(("shared",)), LinearGroup(("expert",))]
         quantized, original = lane(net, [mine, none], outputs), lane(twin, [theirs, none], [])
         with torch.no_grad():
-            BlockPass(quantized, groups, batches=2, solve=solve, original=original).run(replay=replay)
+            BlockPass(quantized, groups, batches=2, solve=solve, original=original).run(
+                waiting=0 if replay else 2
+            )
 
     run(some, other)
     assert sorted(outputs) == [0, 1]
@@ -127,7 +129,7 @@ def test_whether_inputs_were_finite_is_asked_when_all_are_there(broken: str) -> 
         for accumulator in (HessianAccumulator, MismatchAccumulator):
             patch.setattr(accumulator, "check", check if accumulator is kind else lambda self: None)
         groups = [LinearGroup(("shared",))]
-        BlockPass(lane(net), groups, batches=1, solve=solve, original=lane(twin)).run(replay=False)
+        BlockPass(lane(net), groups, batches=1, solve=solve, original=lane(twin)).run(waiting=1)
     assert len(calls) == 2  # for the batch, as this is a CPU, and at the end
     assert seen["shared"].hessian is None
     assert "activations" in str(seen["shared"].problem)

@@ -124,28 +124,37 @@ def test_what_waits_in_a_block_are_its_activations_without_its_weights() -> None
     assert probe.entering_bytes == 4 * windows * length * hidden
 
 
-NEEDS = BlockNeeds(fixed=100, waiting=1000, one_batch=50, outputs=80)
+NEEDS = BlockNeeds(
+    fixed=100, waiting=80, one_batch=50, outputs=80, batches=10, every=4
+)  # 3 of 10 are followed
 
 
-@pytest.mark.parametrize("free", [0, 150, 160, 500, 1200, 10_000])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("free", [0, 150, 160, 310, 330, 500, 1200, 10_000])
 @pytest.mark.parametrize("kept", [0, 60])
-def test_activations_take_what_is_left_and_no_more(free: int, kept: int) -> None:
-    memory = NEEDS.share(free, held=kept, kept=kept)
+def test_activations_take_what_is_left_and_no_more(free: int, kept: int, mixed: bool) -> None:
+    memory = replace(NEEDS, mixed=mixed).share(free, held=kept, kept=kept)
     room = free - free // 50
-    assert memory.replay == (100 + 1000 - kept + 50 > room)
+    assert (memory.waiting == 10) == (100 + 1040 - kept + 50 <= room)
+    if memory.waiting < 10:
+        waiting = [80 * (n + -(-n // 4)) for n in range(10)]
+        fitting = [n for n in range(1, 10) if 100 + waiting[n] + 50 <= room]
+        assert memory.waiting == (max(fitting, default=0) if mixed else 0)
     assert memory.least == kept + 150
     assert memory.peak <= max(kept + room, memory.least)
     assert 0 <= memory.between <= 80
-    inside = 50 if memory.replay else 1000 - kept + 50
+    inside = 50 + (1040 - kept if memory.waiting == 10 else waiting[memory.waiting])
     assert memory.hessians + inside + 100 <= max(room, 150)
 
 
 def test_a_run_that_has_room_for_everything_plans_for_all_of_it() -> None:
-    assert NEEDS.share(10_000, held=7).peak == 7 + 100 + 1000 + 50 + 80
+    assert NEEDS.share(10_000, held=7).peak == 7 + 100 + 1040 + 50 + 80
 
 
 def test_a_limit_that_cannot_be_kept_is_said() -> None:
-    memory = BlockNeeds(fixed=3 << 30, waiting=0, one_batch=1 << 30, outputs=0).share(2 << 30, held=1 << 30)
+    memory = BlockNeeds(fixed=3 << 30, waiting=0, one_batch=1 << 30, outputs=0, batches=1).share(
+        2 << 30, held=1 << 30
+    )
     assert memory.shortage(None) is None
     assert memory.shortage(5 << 30) is None
     assert "takes 5.0 GiB at least, --max-memory allows 4.9" in str(memory.shortage((5 << 30) - (100 << 20)))
@@ -157,10 +166,10 @@ def test_large_models_stay_below_their_goals(name: str) -> None:
     shape = SHAPES[name]
     assert shape.goal == {"8b": 8e9, "70b": 24e9}[name]
     _, memory = planned(shape, 128, 2048, shape.goal, QuantScheme())
-    assert memory.replay
+    assert memory.waiting == 0
     assert memory.least < memory.peak < shape.goal
-    _, roomy = planned(shape, 128, 2048, 2 * 10**11, QuantScheme())
-    assert not roomy.replay
+    needs, roomy = planned(shape, 128, 2048, 2 * 10**11, QuantScheme())
+    assert roomy.waiting == needs.batches
     assert roomy.peak > shape.goal, "the limit changes nothing"
 
 
@@ -169,9 +178,9 @@ def test_batches_that_the_original_does_not_follow_wait_once() -> None:
         planned(SHAPES["tiny"], 64, 2048, 1 << 40, QuantScheme(mismatch=mismatch, mismatch_every=every))[0]
         for mismatch, every in ((0.0, 1), (1.0, 4), (1.0, 1))
     )
-    assert quarter.waiting == plain.waiting * 5 // 4
+    waiting = [needs.waiting_bytes(64) for needs in (plain, quarter, all_of_them)]
+    assert waiting == [64 * plain.waiting, 80 * plain.waiting, 128 * plain.waiting]
     assert quarter.outputs == plain.outputs * 5 // 4
-    assert all_of_them.waiting == 2 * plain.waiting
     assert quarter.one_batch == all_of_them.one_batch == 2 * plain.one_batch
 
 

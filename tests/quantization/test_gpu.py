@@ -85,7 +85,7 @@ def test_where_activations_are_kept_changes_no_byte(
     quantize(model_folder("llama"), tmp_path / "plain", windows, device="cuda")
 
     def share(self: BlockNeeds, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:
-        return BlockMemory(replay=True, between=device, hessians=0, least=0, peak=0)
+        return BlockMemory(waiting=0, between=device, hessians=0, least=0, peak=0)
 
     monkeypatch.setattr(BlockNeeds, "share", share)
     monkeypatch.setattr(run, "host_budget", lambda: host)
@@ -120,7 +120,7 @@ def test_experts_are_solved_together_and_have_the_losses_of_a_cpu(
     assert all(m.relative_loss == pytest.approx(losses[m.name], rel=0.1) for m in here.modules)
     share = BlockNeeds.share
     monkeypatch.setattr(
-        BlockNeeds, "share", lambda self, free, **k: replace(share(self, free, **k), replay=True)
+        BlockNeeds, "share", lambda self, free, **k: replace(share(self, free, **k), waiting=0)
     )
     quantize(folder, tmp_path / "replayed", windows, scheme, device="cuda")
     assert contents(tmp_path / "gpu") == contents(tmp_path / "replayed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 from safetensors import safe_open
 from tests.folders import contents
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lightgptq
 from lightgptq import QuantScheme
 from lightgptq.core.mismatch import MismatchAccumulator
 from lightgptq.quantization import job
+from lightgptq.quantization.block_memory import BlockNeeds
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.progress import Progress
 from lightgptq.quantization.solve import GroupSolver
@@ -39,6 +43,36 @@ def test_replaying_both_models_gives_the_same_bytes_as_waiting(
         model_folder("llama"), tmp_path / "replayed", scheme, calibration=windows, max_memory=1
     )
     assert contents(tmp_path / "waiting") == contents(tmp_path / "replayed")
+
+
+@pytest.mark.parametrize("waiting", [1, 3])
+@pytest.mark.parametrize("scheme", [PLAIN, EVERY_THIRD])
+def test_some_batches_may_wait_while_others_are_replayed(
+    model_folder: Callable[[str], Path],
+    windows: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: QuantScheme,
+    waiting: int,
+) -> None:
+    lightgptq.quantize(model_folder("llama"), tmp_path / "waiting", scheme, calibration=windows)
+    share, forward = BlockNeeds.share, LlamaDecoderLayer.forward
+    forwards: Counter[str] = Counter()
+
+    def count(self: LlamaDecoderLayer, *args: object, **kwargs: object) -> torch.Tensor:
+        forwards["blocks"] += 1
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", count)
+    monkeypatch.setattr(
+        BlockNeeds, "share", lambda self, free, **k: replace(share(self, free, **k), waiting=waiting)
+    )
+    lightgptq.quantize(model_folder("llama"), tmp_path / "mixed", scheme, calibration=windows)
+    assert contents(tmp_path / "waiting") == contents(tmp_path / "mixed")
+    lanes = [*range(BATCHES), *([0, 3] if scheme is EVERY_THIRD else [])]
+    once, replayed = sum(i < waiting for i in lanes), sum(i >= waiting for i in lanes)
+    # replayed for each of four groups and for the output, in two blocks that share a probe
+    assert forwards["blocks"] == 1 + 2 * (once + (4 + 1) * replayed)
 
 
 @pytest.mark.parametrize("scheme", [CORRECTED, EVERY_THIRD])

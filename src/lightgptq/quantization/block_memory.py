@@ -105,15 +105,21 @@ class BlockNeeds:
 
     fixed      whatever happens: workspace or what training takes, the next block, what waits to be written, an
                untouched copy of the block
-    waiting    activations of all batches that wait inside the block, where they hold most
+    waiting    activations of a batch that waits inside the block, where it holds most
     one_batch  the most that one batch holds on its way, with its twin through the original
     outputs    activations of all batches when they leave
+    batches    how many there are
+    every      the original goes along with every n-th batch, from the first on; 0: with none
+    mixed      some batches may wait while others are replayed
     """
 
     fixed: int
     waiting: int
     one_batch: int
     outputs: int
+    batches: int
+    every: int = 0
+    mixed: bool = False
 
     @classmethod
     def of(
@@ -123,47 +129,67 @@ class BlockNeeds:
         probe: Probe,
         *,
         batches: int,
-        followed: int,
+        every: int,
         together: Mapping[LinearGroup, int],
         on_gpu: bool,
+        experts: bool = False,
     ) -> BlockNeeds:
         """What follows from a probe of the block with one batch.
 
-        followed  batches that the original goes along with; 0 where it is not followed
+        every    as in the fields
+        experts  the block has items that do not see each other's outputs
         """
         weights = sum(parameter.nbytes for parameter in block.parameters())
         workspace = max((together.get(g, 1) * chosen.workspace(g.names) for g in probe.groups), default=0)
         beside = weights + WAITING_BYTES + LIBRARY_BYTES if on_gpu else 0
         return cls(
-            fixed=max(workspace, chosen.tuning()) + (weights if followed else 0) + beside,
-            waiting=max((g.live_bytes for g in probe.groups), default=0) * (batches + followed),
-            one_batch=probe.peak_bytes * (2 if followed else 1),
-            outputs=probe.entering_bytes * (batches + followed),
+            fixed=max(workspace, chosen.tuning()) + (weights if every else 0) + beside,
+            waiting=max((g.live_bytes for g in probe.groups), default=0),
+            one_batch=probe.peak_bytes * (2 if every else 1),
+            outputs=probe.entering_bytes * _with_twins(batches, every),
+            batches=batches,
+            every=every,
+            mixed=not experts and not on_gpu,
         )
 
     def share(self, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:
         """Divide ``free`` bytes.
 
-        Batches that wait come first: replaying costs forwards, keeping outputs elsewhere only copies.
+        Batches that wait come first: replaying costs forwards, keeping outputs elsewhere only copies. On a GPU all
+        batches wait or none, as has been measured there.
 
         held  bytes that are allocated already, the block among them
         kept  those of them that are activations on their way into the block
         """
         room = free - free // SPARE - self.fixed
-        waiting = self.waiting - kept + self.one_batch
-        replay = waiting > room
-        inside = self.one_batch if replay else waiting
+        waiting, inside = self.batches, self.waiting_bytes(self.batches) - kept + self.one_batch
+        if inside > room:
+            waiting = self._fitting(room - self.one_batch) if self.mixed else 0
+            inside = self.waiting_bytes(waiting) + self.one_batch
         left = max(0, room - inside)
         between = min(left, self.outputs)
         least = held + self.fixed + self.one_batch
-        return BlockMemory(replay, between, left, least, least + inside - self.one_batch + between)
+        return BlockMemory(waiting, between, left, least, least + inside - self.one_batch + between)
+
+    def waiting_bytes(self, batches: int) -> int:
+        """Activations of the first ``batches`` batches that wait inside the block, and of the original's."""
+        return self.waiting * _with_twins(batches, self.every)
+
+    def _fitting(self, room: int) -> int:
+        """How many batches, not all, can wait in ``room`` bytes."""
+        return next((n for n in range(self.batches - 1, 0, -1) if self.waiting_bytes(n) <= room), 0)
+
+
+def _with_twins(batches: int, every: int) -> int:
+    """Forwards of the first ``batches`` batches: their own and those of the original."""
+    return batches + (-(-batches // every) if every else 0)
 
 
 @dataclass(frozen=True)
 class BlockMemory:
     """How a block's batches are held.
 
-    replay    one at a time, instead of all waiting together
+    waiting   how many wait together inside the block, the first ones; the others are replayed one at a time
     between   bytes for outputs that stay on the device
     hessians  bytes for Hessians that are gathered together while replaying; they are gone before outputs come
     least     what a run cannot do without: the fixed part and one batch
@@ -171,7 +197,7 @@ class BlockMemory:
               top for blocks with experts
     """
 
-    replay: bool
+    waiting: int
     between: int
     hessians: int
     least: int

@@ -45,7 +45,7 @@ class CalibrationFlow:
         self.device_bytes = self.host_bytes = (
             0  # what may be kept of the next block's outputs, see ActivationStore
         )
-        self.once = False  # each batch enters the block once: its input need not be kept meanwhile
+        self.once = 0  # so many batches, the first ones, enter the block once: their inputs need not be kept meanwhile
 
     def begin(self, folder: WorkFolder, last: int) -> None:
         """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
@@ -154,7 +154,7 @@ class CalibrationFlow:
     def _hidden(self, index: int, passing: bool) -> Tensor | None:
         if self.store is None:
             return None
-        return self.store.read(index, self.skeleton.device, once=passing and self.once)
+        return self.store.read(index, self.skeleton.device, once=passing and index < self.once)
 
 
 def _shapes(shape: tuple[int, ...], windows: int, sizes: list[int]) -> list[tuple[int, ...]]:

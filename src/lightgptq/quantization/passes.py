@@ -4,7 +4,7 @@
 goes through the block once; the price is the live activations of all batches at the pause.
 *Replay*: one batch at a time runs from the block's door to the group and is dropped there; the block is run once for
 each group (for experts: once for all of them, as far as their Hessians fit) and once more for its output. It needs the
-memory of one batch. Both give the same numbers.
+memory of one batch. Some batches may wait while the others are replayed; all ways give the same numbers.
 
 A batch need not reach every group: tokens are routed to experts. Groups are solved in one order; should a batch arrive
 at a group that is solved already and that it did not wait at, its tokens are counted as late.
@@ -76,8 +76,11 @@ class Lane:
 class _Traveller:
     """One batch on its way: its forward, where it waits, and the groups that it waited at."""
 
-    def __init__(self, lane: Lane, index: int, *, keep: bool = True) -> None:
+    def __init__(
+        self, lane: Lane, index: int, *, keep: bool = True, wanted: Collection[LinearGroup] | None = None
+    ) -> None:
         self.lane, self.index, self.keep = lane, index, keep
+        self.wanted = wanted  # while replaying: the groups at which it stops
         self.stop: Stop = {}
         self.met: set[LinearGroup] = set()
         self.tokens = 0
@@ -138,16 +141,48 @@ class BlockPass:
         self._staged = {item.path for g in self.together if (item := Item.of(g.names)) is not None}
         self._group_of = {name: group for group in groups for name in group.names}
         self._solved: set[LinearGroup] = set()
-        self._wanted: set[LinearGroup] | None = None  # while replaying: the groups at which batches stop
         self._running: _Traveller | None = None
 
-    def run(self, *, replay: bool) -> None:
-        """Quantize every group and hand out the block's outputs."""
+    def run(self, *, waiting: int) -> None:
+        """Quantize every group and hand out the block's outputs.
+
+        waiting  how many batches wait inside the block, the first ones; all others are replayed. With independent items
+                 all batches or none.
+        """
+        everything = waiting == self.batches
+        assert everything or not waiting or not self.independent
+        waves = self._waves(self._staged) if everything else self._fitting(self._waves(self.independent))
         with ExitStack() as stack:
             for lane in (self.lane, self.original):
                 if lane is not None:
                     stack.enter_context(self._stops(lane))
-            self._replay() if replay else self._pause()
+            pairs = [self._pair(i) for i in range(waiting)]
+            for traveller in _both(pairs):
+                self._advance(traveller)
+            for wave in waves:
+                for groups in self._batched(wave) if everything else [wave]:
+                    self._solve_at_once(groups, pairs)
+                for traveller in _both(pairs):
+                    if traveller.stop and self._solved.issuperset(traveller.stop):
+                        self._advance(traveller)
+            for i in range(waiting, self.batches):
+                for traveller in _both([self._pair(i, wanted=())]):
+                    self._advance(traveller)
+
+    def _solve_at_once(
+        self, groups: list[LinearGroup], pairs: list[tuple[_Traveller, _Traveller | None]]
+    ) -> None:
+        """Gather the inputs of some groups, from the batches that wait there and from a replay of all others."""
+        gathered = {group: self._sums(group) for group in groups}
+        for group, sums in gathered.items():
+            for traveller, twin in pairs:
+                mine, theirs = (t.stop.get(group) if t is not None else None for t in (traveller, twin))
+                if mine is not None:
+                    sums.add(mine(), theirs() if theirs is not None else None, traveller.tokens)
+        for i in range(len(pairs), self.batches):
+            self._gather(self._pair(i, keep=False, wanted=groups), gathered)
+        for batch in self._batched(groups):
+            self._solve([gathered.pop(group) for group in batch])
 
     @contextmanager
     def _stops(self, lane: Lane) -> Iterator[None]:
@@ -160,9 +195,9 @@ class BlockPass:
                     continue
                 traveller.met.add(group)
                 if group in self._solved:
-                    if self._wanted is None and lane is self.lane:
+                    if traveller.wanted is None and lane is self.lane:
                         self.late[group] += x().shape[:-1].numel()
-                elif self._wanted is None or group in self._wanted:
+                elif traveller.wanted is None or group in traveller.wanted:
                     stop[group] = x
             if stop:
                 pause(stop)
@@ -185,41 +220,12 @@ class BlockPass:
         with stage("forward"):
             traveller.go_on()
 
-    def _pair(self, index: int, *, keep: bool = True) -> tuple[_Traveller, _Traveller | None]:
+    def _pair(
+        self, index: int, *, keep: bool = True, wanted: Collection[LinearGroup] | None = None
+    ) -> tuple[_Traveller, _Traveller | None]:
         original = self.original if index % self.every == 0 else None
-        twin = _Traveller(original, index, keep=keep) if original else None
-        return _Traveller(self.lane, index, keep=keep), twin
-
-    def _pause(self) -> None:
-        pairs = [self._pair(i) for i in range(self.batches)]
-        for traveller in _both(pairs):
-            self._advance(traveller)
-        for wave in self._waves(self._staged):
-            for batch in self._batched(wave):
-                gathered = [self._sums(group) for group in batch]
-                for sums in gathered:
-                    for traveller, twin in pairs:
-                        mine, theirs = (
-                            t.stop.get(sums.group) if t is not None else None for t in (traveller, twin)
-                        )
-                        if mine is not None:
-                            sums.add(mine(), theirs() if theirs is not None else None, traveller.tokens)
-                self._solve(gathered)
-            for traveller in _both(pairs):
-                if traveller.stop and self._solved.issuperset(traveller.stop):
-                    self._advance(traveller)
-
-    def _replay(self) -> None:
-        for wave in self._fitting(self._waves(self.independent)):
-            self._wanted, gathered = set(wave), {group: self._sums(group) for group in wave}
-            for i in range(self.batches):
-                self._gather(self._pair(i, keep=False), gathered)
-            for batch in self._batched(wave):
-                self._solve([gathered.pop(group) for group in batch])
-        self._wanted = set()
-        for i in range(self.batches):
-            for traveller in _both([self._pair(i)]):
-                self._advance(traveller)
+        twin = _Traveller(original, index, keep=keep, wanted=wanted) if original else None
+        return _Traveller(self.lane, index, keep=keep, wanted=wanted), twin
 
     def _gather(
         self, pair: tuple[_Traveller, _Traveller | None], gathered: dict[LinearGroup, _Gathered]

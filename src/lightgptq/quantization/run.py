@@ -228,7 +228,7 @@ class QuantizeRun:
                 hessian_bytes=memory.hessians,
                 together=together,
             )
-            run.run(replay=memory.replay)
+            run.run(waiting=memory.waiting)
         for group, tokens in run.late.items():
             solver.note_late([f"{block.name}.{name}" for name in group.names], tokens)
         order = {f"{block.name}.{name}": at for at, g in enumerate(probe.groups) for name in g.names}
@@ -272,15 +272,15 @@ class QuantizeRun:
     ) -> BlockMemory:
         """Decide where the batches of a block are held; ``again``: what enters it is read more than once."""
         flows, device = [f for f in (self.flow, self.original) if f is not None], self.skeleton.device
-        batches, every = len(flows[0].batches), _every(chosen.schemes.values())
         needs = BlockNeeds.of(
             block.module,
             chosen,
             probe,
-            batches=batches,
-            followed=-(-batches // every) if len(flows) > 1 else 0,
+            batches=len(flows[0].batches),
+            every=_every(chosen.schemes.values()) if len(flows) > 1 else 0,
             together=together,
             on_gpu=device.type == "cuda",
+            experts=bool(self._independent(block)),
         )
         kept = sum(flow.store.kept_on_device for flow in flows if flow.store is not None and not again)
         memory = needs.share(activation_budget(max_memory, device, 0), held=held_bytes(device), kept=kept)
@@ -288,7 +288,7 @@ class QuantizeRun:
             self._tell("probe", note)
         self.planned = max(self.planned, memory.peak)
         for flow in flows:
-            flow.once = not memory.replay
+            flow.once = memory.waiting
             flow.device_bytes, flow.host_bytes = memory.between // len(flows), host_budget() // len(flows)
         return memory
 
