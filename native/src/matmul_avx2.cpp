@@ -1,9 +1,9 @@
 // The quantized product with AVX2 and FMA.
 //
 // int8: integer products of bytes. exact, one row, 2 to 4 bits: the same products with the three or four digits of a
-// fixed-point activation (matmul_quads.h), 8 instructions for 32 codes, where float32 takes 14; otherwise float32.
+// fixed-point activation (matmul_quads.h), 4 to 8 instructions for 32 codes, where float32 takes 14; otherwise float32.
+#include "matmul_avx2_digits.h"
 #include "matmul_avx2_panel.h"
-#include "matmul_avx2_row.h"
 
 namespace {
 
@@ -11,8 +11,11 @@ struct Avx2 : QuadKernel {
   static int form(const Product &p) {
     if (p.mode == LGQ_INT8) return kInt8;
     if (p.rows > 1 || p.w.header->bits == 8) return kFloat;
-    return p.dtype == LGQ_F32 ? kFourDigits : kThreeDigits;
+    return p.dtype == LGQ_F32 ? kFourDigits : kRareThird;
   }
+
+  static constexpr int64_t word_bytes(int T) { return T == kRareThird ? 4 : QuadKernel::word_bytes(T); }
+  static constexpr bool has_panels(int T) { return T == kInt8 || T == kFloat; }
 
   static constexpr bool has_row(int) { return true; }
 
@@ -39,7 +42,7 @@ struct Avx2 : QuadKernel {
 
   template <int BITS, int T>
   static void unpack(const uint8_t *codes, int units, const Grid &grid, uint8_t *panel) {
-    if constexpr (!has_digits(T)) unpack_panel<BITS, T>(codes, units, grid, panel);
+    if constexpr (has_panels(T)) unpack_panel<BITS, T>(codes, units, grid, panel);
   }
 
   template <int BITS, int T, int MR>
@@ -49,6 +52,21 @@ struct Avx2 : QuadKernel {
   }
 };
 
+using Quads = QuadEntries<Avx2, kInt8, kFloat, kFourDigits>;
+
+int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx2::word_bytes(Avx2::form(p))); }
+
+void prepare_rows(const Product &p, int64_t begin, int64_t end) {
+  if (Avx2::form(p) == kRareThird)
+    prepare_rare_third(p);  // the only row
+  else
+    Quads::prepare_rows(p, begin, end);
+}
+
+void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
+  multiply_in_form<Avx2, kInt8, kFloat, kRareThird, kFourDigits>(p, Avx2::form(p), begin, end);
+}
+
 }  // namespace
 
-const lgq::MatmulKernels lgq::kMatmulAvx2 = QuadEntries<Avx2, kInt8, kFloat, kThreeDigits, kFourDigits>::kernels;
+const lgq::MatmulKernels lgq::kMatmulAvx2 = {scratch_bytes, prepare_rows, multiply_blocks};

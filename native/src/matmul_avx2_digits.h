@@ -1,0 +1,240 @@
+// exact, one row, 2 to 4 bits with AVX2: codes times the digits of a fixed-point activation (matmul_quads.h).
+//
+// Of three digits the third is rare: a bfloat16 within 2^-6 of its segment's largest has two, and of normally distributed
+// activations one quad in fifteen needs a third. So the first two are multiplied everywhere and the third where it is not zero,
+// which changes no sum. A segment with many of them (one that an outlier scales) multiplies all three everywhere.
+//
+// A pass takes two registers of outputs through a whole segment, so that the sums of all digits stay in registers. It reads
+// every fourth line: lines are fetched in their order meanwhile, a segment ahead.
+#pragma once
+
+#include "matmul_avx2_row.h"
+
+namespace {
+
+constexpr int kRareThird = 5;  // a form of activation: three digits, laid out as RareThird
+
+// One segment of one row, 4 bytes an input: quads of the first two digits, quads of the third, and which of those are not 0.
+struct RareThird {
+  int32_t *two, *third;
+  uint32_t *rare;
+
+  RareThird(uint8_t *x, const Segment &segment)
+      : two(reinterpret_cast<int32_t *>(x + int64_t{segment.unit} * kUnit * 4)),
+        third(two + segment.units * kQuads * 2),
+        rare(reinterpret_cast<uint32_t *>(third + segment.units * kQuads)) {}
+};
+
+// Quads whose third digit is multiplied one by one: what fits into sums of 16 bits, and takes less time than all.
+template <int BITS>
+constexpr int kMostRare = BITS == 4 ? 8 : 14;
+
+inline void prepare_rare_third(const Product &p) {
+  const Activations x(p, 4);
+  for (int64_t s = 0; s < x.segments; ++s) {
+    const Segment &segment = p.w.segments[s];
+    const int n = segment.units * kUnit;
+    alignas(64) float f[kSegment];
+    int32_t digits[kSegment / 4 * 3];
+    load_segment(p, 0, segment, f);
+    x.init[s] = static_cast<float>(p.w.header->symmetric ? -p.w.header->zero : -1) * sum_of(f, n);
+    x.scale[s] = round_to_digits<3>(f, n, {reinterpret_cast<uint8_t *>(digits), 4});
+    const RareThird to(x.words, segment);
+    uint32_t rare = 0;
+    for (int q = 0; q < n / 4; ++q) {
+      to.two[2 * q] = digits[3 * q];
+      to.two[2 * q + 1] = digits[3 * q + 1];
+      to.third[q] = digits[3 * q + 2];
+      rare |= static_cast<uint32_t>(digits[3 * q + 2] != 0) << q;
+    }
+    *to.rare = rare;
+  }
+}
+
+// D digits of a quad: two, two and a third that lies apart, or four.
+template <int D>
+struct Digits {
+  const int32_t *x, *third;
+
+  __m256i operator()(int quad, int d) const {
+    return broadcast(D == 4 ? x + quad * 4 + d : d < 2 ? x + quad * 2 + d : third + quad);
+  }
+  void skip(int quads) {
+    x += quads * (D == 4 ? 4 : 2);
+    third += quads;
+  }
+};
+
+template <int D>
+LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m256i (&sum)[2][D]) {
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) {
+    const __m256i digit = x(quad, d);
+    add_bytes(a, digit, sum[0][d]);
+    add_bytes(b, digit, sum[1][d]);
+  }
+}
+
+// One run of 2 or 4 bits for two registers of outputs.
+template <int BITS, int D>
+LGQ_INLINE void add_run_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[2][D]) {
+  const __m256i a = loaded(codes), b = loaded(codes + 32);
+  add_quad(quad_of_run<BITS, 0>(a), quad_of_run<BITS, 0>(b), x, 0, sum);
+  add_quad(quad_of_run<BITS, 1>(a), quad_of_run<BITS, 1>(b), x, 1, sum);
+  if constexpr (BITS == 2) {
+    add_quad(quad_of_run<BITS, 2>(a), quad_of_run<BITS, 2>(b), x, 2, sum);
+    add_quad(quad_of_run<BITS, 3>(a), quad_of_run<BITS, 3>(b), x, 3, sum);
+  }
+}
+
+// One unit of 3 bits for two registers of outputs.
+template <int D>
+LGQ_INLINE void add_unit_of_3_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[2][D]) {
+  const __m256i a = loaded(codes), b = loaded(codes + 32);
+  add_quad(quad_of_run<3, 0>(a), quad_of_run<3, 0>(b), x, 0, sum);
+  add_quad(quad_of_run<3, 1>(a), quad_of_run<3, 1>(b), x, 1, sum);
+  const __m256i high_a = loaded(codes + 2 * kRunBytes), high_b = loaded(codes + 2 * kRunBytes + 32);
+  add_quad(split_quad<6>(a, high_a), split_quad<6>(b, high_b), x, 6, sum);
+  const __m256i c = loaded(codes + kRunBytes), d = loaded(codes + kRunBytes + 32);
+  add_quad(quad_of_run<3, 0>(c), quad_of_run<3, 0>(d), x, 2, sum);
+  add_quad(quad_of_run<3, 1>(c), quad_of_run<3, 1>(d), x, 3, sum);
+  add_quad(split_quad<7>(c, high_a), split_quad<7>(d, high_b), x, 7, sum);
+  add_quad(quad_of_run<3, 0>(high_a), quad_of_run<3, 0>(high_b), x, 4, sum);
+  add_quad(quad_of_run<3, 1>(high_a), quad_of_run<3, 1>(high_b), x, 5, sum);
+}
+
+template <int N, int D>
+LGQ_INLINE void clear(__m256i (&sum)[N][D]) {
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) sum[n][d] = _mm256_setzero_si256();
+}
+
+// A pass through one segment. `next`: what is fetched meanwhile, one line for each two registers.
+template <int BITS, int D>
+LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const uint8_t *&next, __m256i (&acc)[2][D]) {
+  constexpr int several = kUnitsIn16<BITS>, runs = BITS == 3 ? 3 : 1;
+  clear(acc);
+  for (int u = 0; u < units; u += several) {
+    const uint8_t *end = codes + (units - u < several ? units - u : several) * (kRunBytes * BITS);
+    __m256i sum[2][D];
+    clear(sum);
+#pragma GCC unroll 1
+    for (; codes != end; codes += runs * kRunBytes, next += runs * 64) {
+      fetch_lines(next, runs);
+      if constexpr (BITS == 3)
+        add_unit_of_3_digits(codes, x, sum);
+      else
+        add_run_digits<BITS>(codes, x, sum);
+      x.skip(kQuads * runs / BITS);
+    }
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n)
+#pragma GCC unroll 4
+      for (int d = 0; d < D; ++d) acc[n][d] = _mm256_add_epi32(acc[n][d], widened(sum[n][d]));
+  }
+}
+
+// sum(x (code - zero)) for outputs 8h, 8h + 1, ... from the digits' sums.
+template <int D>
+LGQ_INLINE void finish_digits(const RowArgs &a, int64_t s, int64_t at, int h, const __m256i *acc) {
+  const __m256 start = _mm256_broadcast_ss(a.init + s), step = _mm256_broadcast_ss(a.scale + s);
+  __m256 digits = _mm256_cvtepi32_ps(acc[0]);
+#pragma GCC unroll 3
+  for (int d = 1; d < D; ++d) digits = _mm256_fmadd_ps(digits, _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(acc[d]));
+  const __m256 below = a.symmetric ? start : _mm256_mul_ps(start, _mm256_cvtepi32_ps(zeros_of(a, at, h)));
+  add_segment(a, at, h, _mm256_fmadd_ps(digits, step, below));
+}
+
+template <int BITS, int D>
+LGQ_INLINE void segment_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at, Digits<D> x,
+                               const __m256i *third) {
+  const uint8_t *codes = a.codes + segment.unit * a.unit_bytes, *next = codes + segment.units * a.unit_bytes + kRowAhead;
+#pragma GCC unroll 1
+  for (int h = 0; h < kHalves; h += 2) {
+    __m256i acc[2][D];
+    pass_digits<BITS>(codes + h * 32, segment.units, x, next, acc);
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n) {
+      if constexpr (D == 2) {
+        const __m256i three[3] = {acc[n][0], acc[n][1], third[h + n]};
+        finish_digits<3>(a, s, at, h + n, three);
+      } else {
+        finish_digits<D>(a, s, at, h + n, acc[n]);
+      }
+    }
+  }
+}
+
+// The sums of the third digit of the quads in `rare`, all outputs.
+template <int BITS>
+LGQ_INLINE void add_rare(const uint8_t *codes, const int32_t *third, uint32_t rare, __m256i *total) {
+  __m256i sum[kHalves];
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) sum[n] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+  for (; rare != 0; rare &= rare - 1) {
+    const int at = __builtin_ctz(rare), quad = at % kQuads;
+    const uint8_t *unit = codes + at / kQuads * (kRunBytes * BITS);
+    const __m256i digit = broadcast(third + at);
+    if (BITS == 3 && quad >= 6) {
+      const __m128i shift = _mm_cvtsi32_si128(quad - 2);
+#pragma GCC unroll 8
+      for (int n = 0; n < kHalves; ++n) {
+        const __m256i low = _mm256_and_si256(shift_right<6>(run_at(unit + n * 32, quad - 6)), _mm256_set1_epi8(3));
+        const __m256i high = _mm256_and_si256(_mm256_srl_epi32(run_at(unit + n * 32, 2), shift), _mm256_set1_epi8(4));
+        add_bytes(_mm256_or_si256(low, high), digit, sum[n]);
+      }
+    } else {
+      constexpr int fields = 8 / BITS;  // in a byte
+      const __m128i shift = _mm_cvtsi32_si128(quad % fields * BITS);
+      const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
+#pragma GCC unroll 8
+      for (int n = 0; n < kHalves; ++n) {
+        const __m256i run = _mm256_srl_epi32(run_at(unit + n * 32, quad / fields), shift);
+        add_bytes(_mm256_and_si256(run, mask), digit, sum[n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) total[n] = widened(sum[n]);
+}
+
+template <int BITS>
+LGQ_INLINE void segment_rare_third(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
+  const RareThird x(const_cast<uint8_t *>(a.x), segment);
+  const uint32_t rare = *x.rare;
+  if (__builtin_popcount(rare) > kMostRare<BITS>)
+    return segment_digits<BITS, 3>(a, segment, s, at, {x.two, x.third}, nullptr);
+  __m256i third[kHalves];
+  add_rare<BITS>(a.codes + segment.unit * a.unit_bytes, x.third, rare, third);
+  segment_digits<BITS, 2>(a, segment, s, at, {x.two, x.third}, third);
+}
+
+template <int BITS>
+LGQ_INLINE void segment_four_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * 4;
+  segment_digits<BITS, 4>(a, segment, s, at, {x, x}, nullptr);
+}
+
+// One block of outputs for the only row.
+template <int BITS, int T>
+void row_avx2(const RowArgs &a) {
+  std::memset(a.totals, 0, kBlock * sizeof(float));
+  for (int64_t s = 0; s < a.count; ++s) {
+    const Segment &segment = a.segments[s];
+    const int64_t at = int64_t{segment.group} * kBlock;
+    fetch_grid(a, at);
+    if constexpr (T == kInt8)
+      segment_int8<BITS>(a, segment, s, at);
+    else if constexpr (T == kFloat)
+      segment_floats(a, segment, s, at);
+    else if constexpr (T == kRareThird)
+      segment_rare_third<BITS>(a, segment, s, at);
+    else
+      segment_four_digits<BITS>(a, segment, s, at);
+  }
+}
+
+}  // namespace
