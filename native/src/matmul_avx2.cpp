@@ -10,8 +10,9 @@ namespace {
 struct Avx2 : QuadKernel {
   static int form(const Product &p) {
     if (p.mode == LGQ_INT8) return kInt8;
-    if (p.rows > 1 || p.w.header->bits == 8) return kFloat;
-    return p.dtype == LGQ_F32 ? kFourDigits : kRareThird;
+    if (p.rows > 1) return kFloat;
+    if (p.dtype != LGQ_F32) return kRareThird;
+    return p.w.header->bits == 8 ? kFloat : kFourDigits;
   }
 
   static constexpr int64_t word_bytes(int T) { return T == kRareThird ? 4 : QuadKernel::word_bytes(T); }
@@ -21,7 +22,7 @@ struct Avx2 : QuadKernel {
 
   template <int BITS, int T>
   static void row(const RowArgs &a) {
-    if constexpr (T == kInt8 || (T == kFloat) == (BITS == 8))
+    if constexpr (T == kInt8 || T == kRareThird || (T == kFloat) == (BITS == 8))
       row_avx2<BITS, T>(a);
     else
       __builtin_unreachable();  // form() asks for no other

@@ -80,6 +80,13 @@ LGQ_INLINE __m256i loaded(const uint8_t *half) {
   return codes;
 }
 
+// The same pointer, of which the compiler does not know it: broadcasts of what lies there are made again instead of being kept
+// on the stack.
+LGQ_INLINE const int32_t *repeated(const int32_t *x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 LGQ_INLINE __m256i broadcast(const int32_t *x) { return _mm256_set1_epi32(*x); }
 
 // sum += codes * x in 16 bits.

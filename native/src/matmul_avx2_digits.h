@@ -25,9 +25,17 @@ struct RareThird {
         rare(reinterpret_cast<uint32_t *>(third + segment.units * kQuads)) {}
 };
 
-// Quads whose third digit is multiplied one by one: what fits into sums of 16 bits, and takes less time than all.
-template <int BITS>
-constexpr int kMostRare = BITS == 4 ? 8 : 14;
+// Quads whose third digit is multiplied one by one: they fit into sums of 16 bits and take less time than all.
+constexpr int kMostRare = 8;
+
+// Two digits of a quad as words of 16 bits, those of inputs 0 and 2 first.
+inline void join_digits(int32_t *two) {
+  int8_t digits[8];
+  std::memcpy(digits, two, 8);
+  int16_t words[4];
+  for (int k = 0; k < 4; ++k) words[k % 2 * 2 + k / 2] = static_cast<int16_t>(digits[k] * 256 + digits[4 + k]);
+  std::memcpy(two, words, 8);
+}
 
 inline void prepare_rare_third(const Product &p) {
   const Activations x(p, 4);
@@ -48,91 +56,8 @@ inline void prepare_rare_third(const Product &p) {
       rare |= static_cast<uint32_t>(digits[3 * q + 2] != 0) << q;
     }
     *to.rare = rare;
-  }
-}
-
-// D digits of a quad: two, two and a third that lies apart, or four.
-template <int D>
-struct Digits {
-  const int32_t *x, *third;
-
-  __m256i operator()(int quad, int d) const {
-    return broadcast(D == 4 ? x + quad * 4 + d : d < 2 ? x + quad * 2 + d : third + quad);
-  }
-  void skip(int quads) {
-    x += quads * (D == 4 ? 4 : 2);
-    third += quads;
-  }
-};
-
-template <int D>
-LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m256i (&sum)[2][D]) {
-#pragma GCC unroll 4
-  for (int d = 0; d < D; ++d) {
-    const __m256i digit = x(quad, d);
-    add_bytes(a, digit, sum[0][d]);
-    add_bytes(b, digit, sum[1][d]);
-  }
-}
-
-// One run of 2 or 4 bits for two registers of outputs.
-template <int BITS, int D>
-LGQ_INLINE void add_run_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[2][D]) {
-  const __m256i a = loaded(codes), b = loaded(codes + 32);
-  add_quad(quad_of_run<BITS, 0>(a), quad_of_run<BITS, 0>(b), x, 0, sum);
-  add_quad(quad_of_run<BITS, 1>(a), quad_of_run<BITS, 1>(b), x, 1, sum);
-  if constexpr (BITS == 2) {
-    add_quad(quad_of_run<BITS, 2>(a), quad_of_run<BITS, 2>(b), x, 2, sum);
-    add_quad(quad_of_run<BITS, 3>(a), quad_of_run<BITS, 3>(b), x, 3, sum);
-  }
-}
-
-// One unit of 3 bits for two registers of outputs.
-template <int D>
-LGQ_INLINE void add_unit_of_3_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[2][D]) {
-  const __m256i a = loaded(codes), b = loaded(codes + 32);
-  add_quad(quad_of_run<3, 0>(a), quad_of_run<3, 0>(b), x, 0, sum);
-  add_quad(quad_of_run<3, 1>(a), quad_of_run<3, 1>(b), x, 1, sum);
-  const __m256i high_a = loaded(codes + 2 * kRunBytes), high_b = loaded(codes + 2 * kRunBytes + 32);
-  add_quad(split_quad<6>(a, high_a), split_quad<6>(b, high_b), x, 6, sum);
-  const __m256i c = loaded(codes + kRunBytes), d = loaded(codes + kRunBytes + 32);
-  add_quad(quad_of_run<3, 0>(c), quad_of_run<3, 0>(d), x, 2, sum);
-  add_quad(quad_of_run<3, 1>(c), quad_of_run<3, 1>(d), x, 3, sum);
-  add_quad(split_quad<7>(c, high_a), split_quad<7>(d, high_b), x, 7, sum);
-  add_quad(quad_of_run<3, 0>(high_a), quad_of_run<3, 0>(high_b), x, 4, sum);
-  add_quad(quad_of_run<3, 1>(high_a), quad_of_run<3, 1>(high_b), x, 5, sum);
-}
-
-template <int N, int D>
-LGQ_INLINE void clear(__m256i (&sum)[N][D]) {
-#pragma GCC unroll 2
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int d = 0; d < D; ++d) sum[n][d] = _mm256_setzero_si256();
-}
-
-// A pass through one segment. `next`: what is fetched meanwhile, one line for each two registers.
-template <int BITS, int D>
-LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const uint8_t *&next, __m256i (&acc)[2][D]) {
-  constexpr int several = kUnitsIn16<BITS>, runs = BITS == 3 ? 3 : 1;
-  clear(acc);
-  for (int u = 0; u < units; u += several) {
-    const uint8_t *end = codes + (units - u < several ? units - u : several) * (kRunBytes * BITS);
-    __m256i sum[2][D];
-    clear(sum);
-#pragma GCC unroll 1
-    for (; codes != end; codes += runs * kRunBytes, next += runs * 64) {
-      fetch_lines(next, runs);
-      if constexpr (BITS == 3)
-        add_unit_of_3_digits(codes, x, sum);
-      else
-        add_run_digits<BITS>(codes, x, sum);
-      x.skip(kQuads * runs / BITS);
-    }
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n)
-#pragma GCC unroll 4
-      for (int d = 0; d < D; ++d) acc[n][d] = _mm256_add_epi32(acc[n][d], widened(sum[n][d]));
+    if (p.w.header->bits == 8)
+      for (int q = 0; q < n / 4; ++q) join_digits(to.two + 2 * q);
   }
 }
 
@@ -147,16 +72,16 @@ LGQ_INLINE void finish_digits(const RowArgs &a, int64_t s, int64_t at, int h, co
   add_segment(a, at, h, _mm256_fmadd_ps(digits, step, below));
 }
 
-template <int BITS, int D>
+template <int BITS, int D, int W = D == 2 ? 4 : 2>
 LGQ_INLINE void segment_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at, Digits<D> x,
                                const __m256i *third) {
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes, *next = codes + segment.units * a.unit_bytes + kRowAhead;
 #pragma GCC unroll 1
-  for (int h = 0; h < kHalves; h += 2) {
-    __m256i acc[2][D];
+  for (int h = 0; h < kHalves; h += W) {
+    __m256i acc[W][D];
     pass_digits<BITS>(codes + h * 32, segment.units, x, next, acc);
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) {
+#pragma GCC unroll 4
+    for (int n = 0; n < W; ++n) {
       if constexpr (D == 2) {
         const __m256i three[3] = {acc[n][0], acc[n][1], third[h + n]};
         finish_digits<3>(a, s, at, h + n, three);
@@ -205,17 +130,53 @@ template <int BITS>
 LGQ_INLINE void segment_rare_third(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
   const RareThird x(const_cast<uint8_t *>(a.x), segment);
   const uint32_t rare = *x.rare;
-  if (__builtin_popcount(rare) > kMostRare<BITS>)
+  if (__builtin_popcount(rare) > kMostRare)
     return segment_digits<BITS, 3>(a, segment, s, at, {x.two, x.third}, nullptr);
   __m256i third[kHalves];
   add_rare<BITS>(a.codes + segment.unit * a.unit_bytes, x.third, rare, third);
   segment_digits<BITS, 2>(a, segment, s, at, {x.two, x.third}, third);
 }
 
+// 8-bit codes: the first two digits as one of 16 bits, in sums of 32 bits.
+LGQ_INLINE void segment_words(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
+  const RareThird x(const_cast<uint8_t *>(a.x), segment);
+  const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
+  const int32_t *words = x.two;
+  __m256i sum[kHalves];
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) sum[n] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+  for (int q = 0; q < segment.units * kQuads; ++q, codes += kRunBytes, words += 2) {
+    fetch_lines(codes + kRowAhead, kRunBytes / 64);
+    add_products(codes, {broadcast(words), broadcast(words + 1)}, sum);
+  }
+  __m256i third[kHalves];
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) third[n] = _mm256_setzero_si256();
+  codes = a.codes + segment.unit * a.unit_bytes;
+#pragma GCC unroll 1
+  for (uint32_t rare = *x.rare; rare != 0; rare &= rare - 1) {
+    const int q = __builtin_ctz(rare);
+    add_products(codes + q * kRunBytes, byte_pairs(broadcast(x.third + q)), third);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) {
+    const __m256i two[2] = {sum[n], third[n]};
+    finish_digits<2>(a, s, at, n, two);
+  }
+}
+
 template <int BITS>
 LGQ_INLINE void segment_four_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
   const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * 4;
   segment_digits<BITS, 4>(a, segment, s, at, {x, x}, nullptr);
+}
+
+// The next segment's activations: codes have passed through the cache since they were read.
+template <int T>
+LGQ_INLINE void fetch_x(const RowArgs &a, const Segment &segment) {
+  constexpr int bytes = T == kInt8 ? 1 : 4;  // of an input
+  fetch_lines(a.x + int64_t{segment.unit + segment.units} * kUnit * bytes, kSegment * bytes / 64);
 }
 
 // One block of outputs for the only row.
@@ -226,10 +187,15 @@ void row_avx2(const RowArgs &a) {
     const Segment &segment = a.segments[s];
     const int64_t at = int64_t{segment.group} * kBlock;
     fetch_grid(a, at);
-    if constexpr (T == kInt8)
+    fetch_x<T>(a, segment);
+    if constexpr (T == kInt8 && BITS == 3)
+      segment_int8_of_3(a, segment, s, at);
+    else if constexpr (T == kInt8)
       segment_int8<BITS>(a, segment, s, at);
     else if constexpr (T == kFloat)
       segment_floats(a, segment, s, at);
+    else if constexpr (T == kRareThird && BITS == 8)
+      segment_words(a, segment, s, at);
     else if constexpr (T == kRareThird)
       segment_rare_third<BITS>(a, segment, s, at);
     else

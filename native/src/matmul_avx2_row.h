@@ -10,7 +10,7 @@
 namespace {
 
 // Codes are fetched this many bytes ahead of where they are read.
-constexpr int kRowAhead = 2048;
+constexpr int kRowAhead = 1536;
 // Segments between a row of scales that is fetched and the one in use.
 constexpr int kScalesAhead = 8;
 
@@ -36,17 +36,123 @@ LGQ_INLINE __m256i zeros_of(const RowArgs &a, int64_t at, int h) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(a.zeros + at + h * 8)));
 }
 
+// D digits of a quad: one (int8), two, two and a third that lies apart, or four.
+template <int D>
+struct Digits {
+  static constexpr int kNear = D == 3 ? 2 : D;
+  const int32_t *x, *third;
+
+  __m256i operator()(int quad, int d) const {
+    return broadcast(D == 3 && d == 2 ? third + quad : x + quad * kNear + d);
+  }
+  Digits again() const { return {repeated(x), D == 3 ? repeated(third) : third}; }
+  void skip(int quads) {
+    x += quads * kNear;
+    third += quads;
+  }
+};
+
+template <int D>
+LGQ_INLINE void add_quad(__m256i codes, const Digits<D> &x, int quad, __m256i (&sum)[D]) {
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) add_bytes(codes, x(quad, d), sum[d]);
+}
+
+// One run of 2 or 4 bits for W registers of outputs.
+template <int BITS, int D, int W>
+LGQ_INLINE void add_run_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[W][D]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < W; ++n) {
+    const __m256i run = loaded(codes + n * 32);
+    add_quad(quad_of_run<BITS, 0>(run), x, 0, sum[n]);
+    add_quad(quad_of_run<BITS, 1>(run), x, 1, sum[n]);
+    if constexpr (BITS == 2) {
+      add_quad(quad_of_run<BITS, 2>(run), x, 2, sum[n]);
+      add_quad(quad_of_run<BITS, 3>(run), x, 3, sum[n]);
+    }
+  }
+}
+
+template <int D>
+LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m256i *sum) {
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) {
+    const __m256i digit = x(quad, d);
+    add_bytes(a, digit, sum[d]);
+    add_bytes(b, digit, sum[D + d]);
+  }
+}
+
+// One unit of 3 bits for W registers of outputs, two at a time.
+template <int D, int W>
+LGQ_INLINE void add_unit_of_3_digits(const uint8_t *codes, Digits<D> x, __m256i (&sums)[W][D]) {
+#pragma GCC unroll 2
+  for (int n = 0; n < W; n += 2) {
+    __m256i *sum = sums[n];
+    const uint8_t *half = codes + n * 32;
+    if (n > 0) x = x.again();
+    const __m256i a = loaded(half), b = loaded(half + 32);
+    const __m256i high_a = loaded(half + 2 * kRunBytes), high_b = loaded(half + 2 * kRunBytes + 32);
+    add_quad<D>(quad_of_run<3, 0>(a), quad_of_run<3, 0>(b), x, 0, sum);
+    add_quad<D>(quad_of_run<3, 1>(a), quad_of_run<3, 1>(b), x, 1, sum);
+    add_quad<D>(split_quad<6>(a, high_a), split_quad<6>(b, high_b), x, 6, sum);
+    const __m256i c = loaded(half + kRunBytes), d = loaded(half + kRunBytes + 32);
+    add_quad<D>(quad_of_run<3, 0>(c), quad_of_run<3, 0>(d), x, 2, sum);
+    add_quad<D>(quad_of_run<3, 1>(c), quad_of_run<3, 1>(d), x, 3, sum);
+    add_quad<D>(split_quad<7>(c, high_a), split_quad<7>(d, high_b), x, 7, sum);
+    add_quad<D>(quad_of_run<3, 0>(high_a), quad_of_run<3, 0>(high_b), x, 4, sum);
+    add_quad<D>(quad_of_run<3, 1>(high_a), quad_of_run<3, 1>(high_b), x, 5, sum);
+  }
+}
+
+template <int N, int D>
+LGQ_INLINE void clear(__m256i (&sum)[N][D]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) sum[n][d] = _mm256_setzero_si256();
+}
+
+// A pass through one segment. `next`: what is fetched meanwhile, one line for each two registers.
+template <int BITS, int D, int W>
+LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const uint8_t *&next, __m256i (&acc)[W][D]) {
+  constexpr int several = kUnitsIn16<BITS>, runs = BITS == 3 ? 3 : 1;
+  clear(acc);
+  for (int u = 0; u < units; u += several) {
+    const uint8_t *end = codes + (units - u < several ? units - u : several) * (kRunBytes * BITS);
+    __m256i sum[W][D];
+    clear(sum);
+#pragma GCC unroll 1
+    for (; codes != end; codes += runs * kRunBytes, next += runs * W * 32) {
+      fetch_lines(next, runs * W / 2);
+      if constexpr (BITS == 3)
+        add_unit_of_3_digits(codes, x, sum);
+      else
+        add_run_digits<BITS>(codes, x, sum);
+      x.skip(kQuads * runs / BITS);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < W; ++n)
+#pragma GCC unroll 4
+      for (int d = 0; d < D; ++d) acc[n][d] = _mm256_add_epi32(acc[n][d], widened(sum[n][d]));
+  }
+}
+
+// One run of 8-bit codes in sums of 32 bits.
+LGQ_INLINE void add_products(const uint8_t *codes, const BytePairs &x, __m256i (&sum)[kHalves]) {
+#pragma GCC unroll 8
+  for (int n = 0; n < kHalves; ++n) {
+    sum[n] = _mm256_add_epi32(sum[n], products_of_bytes(run_at(codes + n * 32, 0), x));
+    keep(sum[n]);
+  }
+}
+
 // int8, one run of 2, 4 or 8 bits: sums of 16 bits, at 8 bits of 32.
 template <int BITS>
 LGQ_INLINE void add_run(const uint8_t *codes, const int32_t *x, __m256i (&sum)[kHalves]) {
   fetch_lines(codes + kRowAhead, kRunBytes / 64);
   if constexpr (BITS == 8) {
-    const BytePairs pairs = byte_pairs(broadcast(x));
-#pragma GCC unroll 8
-    for (int n = 0; n < kHalves; ++n) {
-      sum[n] = _mm256_add_epi32(sum[n], products_of_bytes(run_at(codes + n * 32, 0), pairs));
-      keep(sum[n]);
-    }
+    add_products(codes, byte_pairs(broadcast(x)), sum);
   } else {
 #pragma GCC unroll 8
     for (int n = 0; n < kHalves; ++n) {
@@ -61,35 +167,11 @@ LGQ_INLINE void add_run(const uint8_t *codes, const int32_t *x, __m256i (&sum)[k
   }
 }
 
-// int8, one unit of 3 bits.
-LGQ_INLINE void add_unit_of_3(const uint8_t *codes, const int32_t *x, __m256i (&sum)[kHalves]) {
-  fetch_lines(codes + kRowAhead, 3 * kRunBytes / 64);
-#pragma GCC unroll 8
-  for (int n = 0; n < kHalves; ++n) {
-    const uint8_t *half = codes + n * 32;
-    const __m256i a = loaded(half), b = loaded(half + kRunBytes), c = loaded(half + 2 * kRunBytes);
-    add_bytes(quad_of_run<3, 0>(a), broadcast(x), sum[n]);
-    add_bytes(quad_of_run<3, 1>(a), broadcast(x + 1), sum[n]);
-    add_bytes(quad_of_run<3, 0>(b), broadcast(x + 2), sum[n]);
-    add_bytes(quad_of_run<3, 1>(b), broadcast(x + 3), sum[n]);
-    add_bytes(quad_of_run<3, 0>(c), broadcast(x + 4), sum[n]);
-    add_bytes(quad_of_run<3, 1>(c), broadcast(x + 5), sum[n]);
-    add_bytes(split_quad<6>(a, c), broadcast(x + 6), sum[n]);
-    add_bytes(split_quad<7>(b, c), broadcast(x + 7), sum[n]);
-  }
-}
-
 template <int BITS>
 LGQ_INLINE void add_units(const uint8_t *codes, const int32_t *x, int units, __m256i (&sum)[kHalves]) {
-  constexpr int step = BITS == 3 ? 3 * kRunBytes : kRunBytes, quads = BITS == 3 ? kQuads : kQuads / BITS;
   const uint8_t *end = codes + units * (kRunBytes * BITS);
 #pragma GCC unroll 1
-  for (; codes != end; codes += step, x += quads) {
-    if constexpr (BITS == 3)
-      add_unit_of_3(codes, x, sum);
-    else
-      add_run<BITS>(codes, x, sum);
-  }
+  for (; codes != end; codes += kRunBytes, x += kQuads / BITS) add_run<BITS>(codes, x, sum);
 }
 
 template <int BITS>
@@ -119,7 +201,26 @@ LGQ_INLINE void segment_int8(const RowArgs &a, const Segment &segment, int64_t s
   for (int n = 0; n < kHalves; ++n) add_segment(a, at, n, _mm256_mul_ps(_mm256_cvtepi32_ps(acc[n]), step));
 }
 
-// exact, 8-bit codes: spread to 32-bit lanes, converted and multiplied as float32. Memory hides it.
+// int8, 3-bit codes, of which a unit is what repeats: in two passes.
+LGQ_INLINE void segment_int8_of_3(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
+  constexpr int width = 4;
+  const uint8_t *codes = a.codes + segment.unit * a.unit_bytes, *next = codes + segment.units * a.unit_bytes + kRowAhead;
+  const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads;
+  const __m256i start = _mm256_set1_epi32(reinterpret_cast<const int32_t *>(a.init)[s]);
+  const __m256 step = _mm256_broadcast_ss(a.scale + s);
+#pragma GCC unroll 1
+  for (int h = 0; h < kHalves; h += width) {
+    __m256i acc[width][1];
+    pass_digits<3>(codes + h * 32, segment.units, Digits<1>{x, nullptr}, next, acc);
+#pragma GCC unroll 4
+    for (int n = 0; n < width; ++n) {
+      const __m256i below = a.symmetric ? start : _mm256_mullo_epi32(zeros_of(a, at, h + n), start);
+      add_segment(a, at, h + n, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(acc[n][0], below)), step));
+    }
+  }
+}
+
+// exact, float32 activations, 8-bit codes: spread to 32-bit lanes, converted and multiplied as float32. Memory hides it.
 template <int J>
 LGQ_INLINE __m256 byte_product(__m256i bytes, const float *x, __m256 sum) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(byte_of_lanes<J>(bytes)), _mm256_broadcast_ss(x + J), sum);
