@@ -14,50 +14,74 @@ namespace {
 
 constexpr int kRareThird = 5;  // a form of activation: three digits, laid out as RareThird
 
-// One segment of one row, 4 bytes an input: quads of the first two digits, quads of the third, and which of those are not 0.
+// One segment of the row: quads of the first two digits, quads of the third, and which of those are not 0. What every block reads
+// lies together: [quad][first, second] of all units, [quad] third, [segment] rare; 4 bytes an input in all.
 struct RareThird {
   int32_t *two, *third;
   uint32_t *rare;
 
-  RareThird(uint8_t *x, const Segment &segment)
-      : two(reinterpret_cast<int32_t *>(x + int64_t{segment.unit} * kUnit * 4)),
-        third(two + segment.units * kQuads * 2),
-        rare(reinterpret_cast<uint32_t *>(third + segment.units * kQuads)) {}
+  RareThird(const uint8_t *x, const Segment *segments, int64_t count, int64_t s) {
+    const int64_t quads = (int64_t{segments[count - 1].unit} + segments[count - 1].units) * kQuads;
+    int32_t *const words = reinterpret_cast<int32_t *>(const_cast<uint8_t *>(x));
+    two = words + int64_t{segments[s].unit} * kQuads * 2;
+    third = words + quads * 2 + int64_t{segments[s].unit} * kQuads;
+    rare = reinterpret_cast<uint32_t *>(words + quads * 3) + s;
+  }
 };
 
 // Quads whose third digit is multiplied one by one: they fit into sums of 16 bits and take less time than all.
 constexpr int kMostRare = 8;
 
-// Two digits of a quad as words of 16 bits, those of inputs 0 and 2 first.
-inline void join_digits(int32_t *two) {
-  int8_t digits[8];
-  std::memcpy(digits, two, 8);
-  int16_t words[4];
-  for (int k = 0; k < 4; ++k) words[k % 2 * 2 + k / 2] = static_cast<int16_t>(digits[k] * 256 + digits[4 + k]);
-  std::memcpy(two, words, 8);
+// Digits of n inputs; returns the step of the last, a NaN where an input is not finite. One place more than round_to_digits,
+// where the largest input is not so close to a power of two that its first digit would be 128.
+template <bool WORDS>
+inline float round_to_rare_third(const float *f, int n, const RareThird &to) {
+  constexpr int places = 22;
+  constexpr uint32_t close = 0x1000000 - 0xfefeff;  // 0xfefeff / 2 is rounded to 0x7f7f80
+  const uint32_t most = largest_magnitude(f, n);
+  const bool finite = most < kInfinity;
+  const int power = static_cast<int>((most + close) >> 23);
+  const int biased = !finite ? 254 : power <= places ? places + 1 : power;  // below 2^-104 the digits lose places
+  const __m256 inverse = _mm256_set1_ps(bits_to_float(static_cast<uint32_t>(254 + places - biased) << 23));
+  const __m256 sign = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.5f);
+  constexpr char z = -128;
+  const __m256i pick = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, z, z, z, z));
+  const __m256i pick_words = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 2, 9, 10, 5, 6, 13, 14, z, z, z, z, z, z, z, z));
+  const __m256i pick_third = _mm256_broadcastsi128_si256(_mm_setr_epi8(z, z, z, z, z, z, z, z, 0, 4, 8, 12, z, z, z, z));
+  const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 6, 3, 7), bias = _mm256_set1_epi32(0x808080);
+  uint32_t rare = 0;
+  for (int q = 0; q < n / 4; q += 2) {
+    const __m256 value = _mm256_mul_ps(_mm256_load_ps(f + q * 4), inverse);
+    const __m256i number = _mm256_cvttps_epi32(_mm256_add_ps(value, _mm256_or_ps(_mm256_and_ps(value, sign), half)));
+    __m256i digits;
+    if constexpr (WORDS) {
+      const __m256i words = _mm256_shuffle_epi8(_mm256_add_epi32(number, _mm256_set1_epi32(128)), pick_words);
+      digits = _mm256_or_si256(words, _mm256_shuffle_epi8(number, pick_third));
+    } else {
+      digits = _mm256_shuffle_epi8(_mm256_xor_si256(_mm256_add_epi32(number, bias), bias), pick);
+    }
+    const __m256i zero = _mm256_cmpeq_epi32(digits, _mm256_setzero_si256());
+    const auto none = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(zero)));  // bits 2 and 6: the third digits
+    rare |= ((~none >> 2 & 1u) | (~none >> 5 & 2u)) << q;
+    digits = _mm256_permutevar8x32_epi32(digits, order);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to.two + q * 2), _mm256_castsi256_si128(digits));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(to.third + q), _mm256_extracti128_si256(digits, 1));
+  }
+  *to.rare = rare;
+  return finite ? bits_to_float(static_cast<uint32_t>(biased - places) << 23) : __builtin_nanf("");
 }
 
 inline void prepare_rare_third(const Product &p) {
   const Activations x(p, 4);
+  const auto factor = static_cast<float>(p.w.header->symmetric ? -p.w.header->zero : -1);
   for (int64_t s = 0; s < x.segments; ++s) {
     const Segment &segment = p.w.segments[s];
     const int n = segment.units * kUnit;
     alignas(64) float f[kSegment];
-    int32_t digits[kSegment / 4 * 3];
     load_segment(p, 0, segment, f);
-    x.init[s] = static_cast<float>(p.w.header->symmetric ? -p.w.header->zero : -1) * sum_of(f, n);
-    x.scale[s] = round_to_digits<3>(f, n, {reinterpret_cast<uint8_t *>(digits), 4});
-    const RareThird to(x.words, segment);
-    uint32_t rare = 0;
-    for (int q = 0; q < n / 4; ++q) {
-      to.two[2 * q] = digits[3 * q];
-      to.two[2 * q + 1] = digits[3 * q + 1];
-      to.third[q] = digits[3 * q + 2];
-      rare |= static_cast<uint32_t>(digits[3 * q + 2] != 0) << q;
-    }
-    *to.rare = rare;
-    if (p.w.header->bits == 8)
-      for (int q = 0; q < n / 4; ++q) join_digits(to.two + 2 * q);
+    x.init[s] = factor * sum_of(f, n);
+    const RareThird to(x.words, p.w.segments, x.segments, s);
+    x.scale[s] = p.w.header->bits == 8 ? round_to_rare_third<true>(f, n, to) : round_to_rare_third<false>(f, n, to);
   }
 }
 
@@ -128,7 +152,7 @@ LGQ_INLINE void add_rare(const uint8_t *codes, const int32_t *third, uint32_t ra
 
 template <int BITS>
 LGQ_INLINE void segment_rare_third(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
-  const RareThird x(const_cast<uint8_t *>(a.x), segment);
+  const RareThird x(a.x, a.segments, a.count, s);
   const uint32_t rare = *x.rare;
   if (__builtin_popcount(rare) > kMostRare)
     return segment_digits<BITS, 3>(a, segment, s, at, {x.two, x.third}, nullptr);
@@ -139,7 +163,7 @@ LGQ_INLINE void segment_rare_third(const RowArgs &a, const Segment &segment, int
 
 // 8-bit codes: the first two digits as one of 16 bits, in sums of 32 bits.
 LGQ_INLINE void segment_words(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
-  const RareThird x(const_cast<uint8_t *>(a.x), segment);
+  const RareThird x(a.x, a.segments, a.count, s);
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
   const int32_t *words = x.two;
   __m256i sum[kHalves];
@@ -175,7 +199,7 @@ LGQ_INLINE void segment_four_digits(const RowArgs &a, const Segment &segment, in
 // The next segment's activations: codes have passed through the cache since they were read.
 template <int T>
 LGQ_INLINE void fetch_x(const RowArgs &a, const Segment &segment) {
-  constexpr int bytes = T == kInt8 ? 1 : 4;  // of an input
+  constexpr int bytes = T == kInt8 ? 1 : T == kRareThird ? 2 : 4;  // of an input
   fetch_lines(a.x + int64_t{segment.unit + segment.units} * kUnit * bytes, kSegment * bytes / 64);
 }
 
