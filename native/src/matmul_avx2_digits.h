@@ -85,34 +85,26 @@ inline void prepare_rare_third(const Product &p) {
   }
 }
 
-// sum(x (code - zero)) for outputs 8h, 8h + 1, ... from the digits' sums.
-template <int D>
-LGQ_INLINE void finish_digits(const RowArgs &a, int64_t s, int64_t at, int h, const __m256i *acc) {
+// sum(x (code - zero)) for outputs 8h, 8h + 1, ... from `times` the sums of the higher digits and those of the lower.
+LGQ_INLINE void finish_digits(const RowArgs &a, int64_t s, int64_t at, int h, __m256i high, float times, __m256i low) {
   const __m256 start = _mm256_broadcast_ss(a.init + s), step = _mm256_broadcast_ss(a.scale + s);
-  __m256 digits = _mm256_cvtepi32_ps(acc[0]);
-#pragma GCC unroll 3
-  for (int d = 1; d < D; ++d) digits = _mm256_fmadd_ps(digits, _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(acc[d]));
+  const __m256 digits = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(times), _mm256_cvtepi32_ps(low));
   const __m256 below = a.symmetric ? start : _mm256_mul_ps(start, _mm256_cvtepi32_ps(zeros_of(a, at, h)));
   add_segment(a, at, h, _mm256_fmadd_ps(digits, step, below));
 }
 
-template <int BITS, int D, int W = D == 2 ? 4 : 2>
+template <int BITS, int D>
 LGQ_INLINE void segment_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at, Digits<D> x,
                                const __m256i *third) {
+  constexpr int width = D == 2 ? 4 : 2;
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes, *next = codes + segment.units * a.unit_bytes + kRowAhead;
 #pragma GCC unroll 1
-  for (int h = 0; h < kHalves; h += W) {
-    __m256i acc[W][D];
-    pass_digits<BITS>(codes + h * 32, segment.units, x, next, acc);
+  for (int h = 0; h < kHalves; h += width) {
+    __m256i acc[width][joined(D)];
+    pass_digits<BITS, D>(codes + h * 32, segment.units, x, next, acc);
 #pragma GCC unroll 4
-    for (int n = 0; n < W; ++n) {
-      if constexpr (D == 2) {
-        const __m256i three[3] = {acc[n][0], acc[n][1], third[h + n]};
-        finish_digits<3>(a, s, at, h + n, three);
-      } else {
-        finish_digits<D>(a, s, at, h + n, acc[n]);
-      }
-    }
+    for (int n = 0; n < width; ++n)
+      finish_digits(a, s, at, h + n, acc[n][0], D == 4 ? 65536.0f : 256.0f, D == 2 ? third[h + n] : acc[n][joined(D) - 1]);
   }
 }
 
@@ -184,10 +176,7 @@ LGQ_INLINE void segment_words(const RowArgs &a, const Segment &segment, int64_t 
     add_products(codes + q * kRunBytes, byte_pairs(broadcast(x.third + q)), third);
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < kHalves; ++n) {
-    const __m256i two[2] = {sum[n], third[n]};
-    finish_digits<2>(a, s, at, n, two);
-  }
+  for (int n = 0; n < kHalves; ++n) finish_digits(a, s, at, n, sum[n], 256.0f, third[n]);
 }
 
 template <int BITS>

@@ -58,21 +58,6 @@ LGQ_INLINE void add_quad(__m256i codes, const Digits<D> &x, int quad, __m256i (&
   for (int d = 0; d < D; ++d) add_bytes(codes, x(quad, d), sum[d]);
 }
 
-// One run of 2 or 4 bits for W registers of outputs.
-template <int BITS, int D, int W>
-LGQ_INLINE void add_run_digits(const uint8_t *codes, const Digits<D> &x, __m256i (&sum)[W][D]) {
-#pragma GCC unroll 4
-  for (int n = 0; n < W; ++n) {
-    const __m256i run = loaded(codes + n * 32);
-    add_quad(quad_of_run<BITS, 0>(run), x, 0, sum[n]);
-    add_quad(quad_of_run<BITS, 1>(run), x, 1, sum[n]);
-    if constexpr (BITS == 2) {
-      add_quad(quad_of_run<BITS, 2>(run), x, 2, sum[n]);
-      add_quad(quad_of_run<BITS, 3>(run), x, 3, sum[n]);
-    }
-  }
-}
-
 template <int D>
 LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m256i *sum) {
 #pragma GCC unroll 4
@@ -80,6 +65,22 @@ LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m
     const __m256i digit = x(quad, d);
     add_bytes(a, digit, sum[d]);
     add_bytes(b, digit, sum[D + d]);
+  }
+}
+
+// One run of 2 or 4 bits for W registers of outputs.
+template <int BITS, int D, int W>
+LGQ_INLINE void add_run_digits(const uint8_t *codes, Digits<D> x, __m256i (&sum)[W][D]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < W; n += 2) {
+    if (n > 0) x = x.again();
+    const __m256i a = loaded(codes + n * 32), b = loaded(codes + n * 32 + 32);
+    add_quad<D>(quad_of_run<BITS, 0>(a), quad_of_run<BITS, 0>(b), x, 0, sum[n]);
+    add_quad<D>(quad_of_run<BITS, 1>(a), quad_of_run<BITS, 1>(b), x, 1, sum[n]);
+    if constexpr (BITS == 2) {
+      add_quad<D>(quad_of_run<BITS, 2>(a), quad_of_run<BITS, 2>(b), x, 2, sum[n]);
+      add_quad<D>(quad_of_run<BITS, 3>(a), quad_of_run<BITS, 3>(b), x, 3, sum[n]);
+    }
   }
 }
 
@@ -113,9 +114,22 @@ LGQ_INLINE void clear(__m256i (&sum)[N][D]) {
     for (int d = 0; d < D; ++d) sum[n][d] = _mm256_setzero_si256();
 }
 
+// Sums of two digits are joined, 256 times the first and the second.
+constexpr int joined(int digits) { return (digits + 1) / 2; }
+
+template <int D>
+LGQ_INLINE void add_widened(const __m256i (&sum)[D], __m256i *acc) {
+  const __m256i high = _mm256_set1_epi16(256);
+#pragma GCC unroll 2
+  for (int d = 0; d < D; d += 2) {
+    if (d + 1 < D) acc[d / 2] = _mm256_add_epi32(acc[d / 2], _mm256_madd_epi16(sum[d], high));
+    acc[d / 2] = _mm256_add_epi32(acc[d / 2], widened(sum[d + 1 < D ? d + 1 : d]));
+  }
+}
+
 // A pass through one segment. `next`: what is fetched meanwhile, one line for each two registers.
 template <int BITS, int D, int W>
-LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const uint8_t *&next, __m256i (&acc)[W][D]) {
+LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const uint8_t *&next, __m256i (&acc)[W][joined(D)]) {
   constexpr int several = kUnitsIn16<BITS>, runs = BITS == 3 ? 3 : 1;
   clear(acc);
   for (int u = 0; u < units; u += several) {
@@ -132,9 +146,7 @@ LGQ_INLINE void pass_digits(const uint8_t *codes, int units, Digits<D> x, const 
       x.skip(kQuads * runs / BITS);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < W; ++n)
-#pragma GCC unroll 4
-      for (int d = 0; d < D; ++d) acc[n][d] = _mm256_add_epi32(acc[n][d], widened(sum[n][d]));
+    for (int n = 0; n < W; ++n) add_widened(sum[n], acc[n]);
   }
 }
 
@@ -211,7 +223,7 @@ LGQ_INLINE void segment_int8_of_3(const RowArgs &a, const Segment &segment, int6
 #pragma GCC unroll 1
   for (int h = 0; h < kHalves; h += width) {
     __m256i acc[width][1];
-    pass_digits<3>(codes + h * 32, segment.units, Digits<1>{x, nullptr}, next, acc);
+    pass_digits<3, 1>(codes + h * 32, segment.units, Digits<1>{x, nullptr}, next, acc);
 #pragma GCC unroll 4
     for (int n = 0; n < width; ++n) {
       const __m256i below = a.symmetric ? start : _mm256_mullo_epi32(zeros_of(a, at, h + n), start);
