@@ -211,6 +211,35 @@ void check_outlier(int32_t bits) {
   }
 }
 
+// Inputs of which only the third digit of fixed point is not 0, in `count` quads of each segment, beside one without weights
+// that is 2^18 times as large, close to a power of two or on one.
+void check_third_digits(int32_t bits, int64_t count, double largest) {
+  Layer layer(256, 41, bits, 128, false);
+  layer.silence(0);
+  layer.silence(128);
+  const Packed packed(layer);
+  for (const int32_t dtype : {LGQ_BF16, LGQ_F16}) {
+    Buffer given(dtype, layer.in), y(dtype, layer.out);
+    std::vector<double> x(static_cast<size_t>(layer.in));
+    for (int64_t k = 0; k < 2 * count; ++k) x[k % 2 * 128 + (7 + 13 * k / 2) % 32 * 4 + 1 + k % 3] = std::ldexp(127, -17);
+    x[0] = x[128] = largest;
+    for (int64_t i = 0; i < layer.in; ++i) given.set(i, x[static_cast<size_t>(i)]);
+    CHECK(lgq_matmul(packed.memory.get(), packed.bytes, 1, given.data(), layer.in, nullptr, LGQ_F32, y.data(), layer.out,
+                     dtype, LGQ_EXACT) == LGQ_OK);
+    for (int64_t o = 0; o < layer.out; ++o) {
+      double sum = 0, magnitude = 0;
+      for (int64_t i = 0; i < layer.in; ++i) {
+        sum += x[i] * layer.weight(o, i);
+        magnitude += std::fabs(x[i] * layer.weight(o, i));
+      }
+      const double step = std::ldexp(1.0 + 1.0, -6);  // the largest scale
+      const double bound = std::ldexp(300 * magnitude + 8 * largest * (1 << bits) * step, -24) +
+                           std::ldexp(std::fabs(sum), -1 - y.fraction_bits()) + std::ldexp(1.0, -25);
+      CHECK(std::fabs(y.get(o) - sum) <= bound);
+    }
+  }
+}
+
 // What is no number in x is none in y, and other rows do not notice.
 void check_not_finite(const Layer &layer) {
   const Packed packed(layer);
@@ -251,6 +280,9 @@ void test_matmul() {
     check_layer(Layer(300, 5, bits, 300, false));
   }
   for (const int32_t bits : {2, 3, 4, 8}) check_outlier(bits);
+  for (const int32_t bits : {2, 3, 4, 8})
+    for (const int64_t count : {0, 1, 8, 9, 32})
+      for (const double largest : {16.0, 31.875}) check_third_digits(bits, count, largest);
   check_not_finite(Layer(172, 41, 4, 64, false));
   check_not_finite(Layer(60, 20, 8, 64, false));
   check_refusals();
