@@ -1,11 +1,8 @@
-// exact, one row, 2 to 4 bits with AVX2: codes times the digits of a fixed-point activation (matmul_quads.h).
+// exact, one row with AVX2: codes times the digits of a fixed-point activation (matmul_quads.h).
 //
-// Of three digits the third is rare: a bfloat16 within 2^-6 of its segment's largest has two, and of normally distributed
-// activations one quad in fifteen needs a third. So the first two are multiplied everywhere and the third where it is not zero,
+// Of three digits the third is rare: a bfloat16 within 2^-7 of its segment's largest has two, and of normally distributed
+// activations one quad in thirty needs a third. So the first two are multiplied everywhere and the third where it is not zero,
 // which changes no sum. A segment with many of them (one that an outlier scales) multiplies all three everywhere.
-//
-// A pass takes two registers of outputs through a whole segment, so that the sums of all digits stay in registers. It reads
-// every fourth line: lines are fetched in their order meanwhile, a segment ahead.
 #pragma once
 
 #include "matmul_avx2_row.h"

@@ -1,8 +1,12 @@
 // One row with AVX2: memory is the limit where codes take few enough instructions, so nothing may wait for memory meanwhile.
 //
-// Loops go round once a run of codes: unrolled over a unit, every load has an instruction of its own and a stride of 2 KiB, and
-// memory delivers 0.70 of its bandwidth instead of 0.9 (Zen 3, 4 and 8 bits), whatever is fetched ahead. Codes are loaded once,
-// in the order in which they lie where the sums of a block fit into registers (int8, 8 bits).
+// Loops go round once a run of codes (3 bits: a unit). Unrolled over a unit, every load has an instruction of its own and a
+// stride of 1 or 2 KiB, and memory delivers 0.65 to 0.75 of its bandwidth instead of 0.9 (Zen 3, 4 and 8 bits), whatever is
+// fetched ahead.
+//
+// Codes are loaded once, in the order in which they lie where the sums of a block fit into registers (int8 but 3 bits, and
+// 8 bits). Elsewhere a pass takes two or four registers of outputs through a whole segment, so that their sums stay in
+// registers; it reads every other or fourth line, and fetches lines in their order meanwhile, a segment ahead.
 #pragma once
 
 #include "matmul_avx2_codes.h"
@@ -10,7 +14,7 @@
 namespace {
 
 // Codes are fetched this many bytes ahead of where they are read.
-constexpr int kRowAhead = 1536;
+constexpr int kRowAhead = 1536;  // 1 KiB and 3 KiB reach 0.02 to 0.1 less of the bandwidth
 // Segments between a row of scales that is fetched and the one in use.
 constexpr int kScalesAhead = 8;
 
@@ -52,12 +56,7 @@ struct Digits {
   }
 };
 
-template <int D>
-LGQ_INLINE void add_quad(__m256i codes, const Digits<D> &x, int quad, __m256i (&sum)[D]) {
-#pragma GCC unroll 4
-  for (int d = 0; d < D; ++d) add_bytes(codes, x(quad, d), sum[d]);
-}
-
+// One quad for two registers of outputs.
 template <int D>
 LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m256i *sum) {
 #pragma GCC unroll 4
@@ -68,7 +67,7 @@ LGQ_INLINE void add_quad(__m256i a, __m256i b, const Digits<D> &x, int quad, __m
   }
 }
 
-// One run of 2 or 4 bits for W registers of outputs.
+// One run of 2 or 4 bits for W registers of outputs, two at a time.
 template <int BITS, int D, int W>
 LGQ_INLINE void add_run_digits(const uint8_t *codes, Digits<D> x, __m256i (&sum)[W][D]) {
 #pragma GCC unroll 4
