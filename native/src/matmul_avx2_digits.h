@@ -179,7 +179,7 @@ LGQ_INLINE void segment_words(const RowArgs &a, const Segment &segment, int64_t 
 template <int BITS>
 LGQ_INLINE void segment_four_digits(const RowArgs &a, const Segment &segment, int64_t s, int64_t at) {
   const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * 4;
-  segment_digits<BITS, 4>(a, segment, s, at, {x, x}, nullptr);
+  segment_digits<BITS, 4>(a, segment, s, at, {x, nullptr}, nullptr);
 }
 
 // The next segment's activations: codes have passed through the cache since they were read.

@@ -52,7 +52,7 @@ struct Digits {
   Digits again() const { return {repeated(x), D == 3 ? repeated(third) : third}; }
   void skip(int quads) {
     x += quads * kNear;
-    third += quads;
+    if (D == 3) third += quads;
   }
 };
 
