@@ -90,6 +90,7 @@ def planned(
         every=scheme.mismatch_every if scheme.mismatch > 0 else 0,
         together={},
         on_gpu=True,
+        sparing=False,
     )
     held = sum(parameter.nbytes for parameter in block.module.parameters())
     return needs, needs.share(max_memory - held, held=held)

@@ -105,21 +105,21 @@ class BlockNeeds:
 
     fixed      whatever happens: workspace or what training takes, the next block, what waits to be written, an
                untouched copy of the block
-    waiting    activations of a batch that waits inside the block, where it holds most
+    waiting    activations of a batch that waits inside the block, at each group, in order
     one_batch  the most that one batch holds on its way, with its twin through the original
     outputs    activations of all batches when they leave
     batches    how many there are
     every      the original goes along with every n-th batch, from the first on; 0: with none
-    mixed      some batches may wait while others are replayed
+    sparing    some batches may wait while others are replayed, and the original goes ahead (`BlockPass`)
     """
 
     fixed: int
-    waiting: int
+    waiting: tuple[int, ...]
     one_batch: int
     outputs: int
     batches: int
     every: int = 0
-    mixed: bool = False
+    sparing: bool = False
 
     @classmethod
     def of(
@@ -132,31 +132,29 @@ class BlockNeeds:
         every: int,
         together: Mapping[LinearGroup, int],
         on_gpu: bool,
-        experts: bool = False,
+        sparing: bool,
     ) -> BlockNeeds:
         """What follows from a probe of the block with one batch.
 
-        every    as in the fields
-        experts  the block has items that do not see each other's outputs
+        every, sparing  as in the fields
         """
         weights = sum(parameter.nbytes for parameter in block.parameters())
         workspace = max((together.get(g, 1) * chosen.workspace(g.names) for g in probe.groups), default=0)
         beside = weights + WAITING_BYTES + LIBRARY_BYTES if on_gpu else 0
         return cls(
             fixed=max(workspace, chosen.tuning()) + (weights if every else 0) + beside,
-            waiting=max((g.live_bytes for g in probe.groups), default=0),
+            waiting=tuple(g.live_bytes for g in probe.groups),
             one_batch=probe.peak_bytes * (2 if every else 1),
-            outputs=probe.entering_bytes * _with_twins(batches, every),
+            outputs=probe.entering_bytes * (batches + _twins(batches, every)),
             batches=batches,
             every=every,
-            mixed=not experts and not on_gpu,
+            sparing=sparing,
         )
 
     def share(self, free: int, *, held: int = 0, kept: int = 0) -> BlockMemory:
         """Divide ``free`` bytes.
 
-        Batches that wait come first: replaying costs forwards, keeping outputs elsewhere only copies. On a GPU all
-        batches wait or none, as has been measured there.
+        Batches that wait come first: replaying costs forwards, keeping outputs elsewhere only copies.
 
         held  bytes that are allocated already, the block among them
         kept  those of them that are activations on their way into the block
@@ -164,7 +162,7 @@ class BlockNeeds:
         room = free - free // SPARE - self.fixed
         waiting, inside = self.batches, self.waiting_bytes(self.batches) - kept + self.one_batch
         if inside > room:
-            waiting = self._fitting(room - self.one_batch) if self.mixed else 0
+            waiting = self._fitting(room - self.one_batch) if self.sparing else 0
             inside = self.waiting_bytes(waiting) + self.one_batch
         left = max(0, room - inside)
         between = min(left, self.outputs)
@@ -172,17 +170,22 @@ class BlockNeeds:
         return BlockMemory(waiting, between, left, least, least + inside - self.one_batch + between)
 
     def waiting_bytes(self, batches: int) -> int:
-        """Activations of the first ``batches`` batches that wait inside the block, and of the original's."""
-        return self.waiting * _with_twins(batches, self.every)
+        """The most that the first ``batches`` batches and their twins hold while they wait inside the block.
+
+        Twins that go ahead are a group further when all batches have reached one, and through at the last.
+        """
+        twins = _twins(batches, self.every)
+        theirs = (*self.waiting, 0)[1:] if self.sparing else self.waiting
+        return max((batches * m + twins * t for m, t in zip(self.waiting, theirs, strict=True)), default=0)
 
     def _fitting(self, room: int) -> int:
         """How many batches, not all, can wait in ``room`` bytes."""
         return next((n for n in range(self.batches - 1, 0, -1) if self.waiting_bytes(n) <= room), 0)
 
 
-def _with_twins(batches: int, every: int) -> int:
-    """Forwards of the first ``batches`` batches: their own and those of the original."""
-    return batches + (-(-batches // every) if every else 0)
+def _twins(batches: int, every: int) -> int:
+    """With how many of the first ``batches`` batches the original goes along."""
+    return -(-batches // every) if every else 0
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ On a GPU small experts are solved many at a time. Their batches then take all ex
 through down, and wait once before each.
 
 Where the solver corrects the input mismatch, an untouched copy of the block goes along: it sees what the original model
-would see, and the inputs of both are compared at each group.
+would see, and the inputs of both are compared at each group. It need not wait until the group is solved: going ahead it
+is through when the block's last group is, which holds most activations, and waits there with none of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -86,10 +87,15 @@ class _Traveller:
         self.tokens = 0
         self._forward = PausableForward(self._call)
 
+    @property
+    def through(self) -> bool:
+        """It has left the block, or was dropped."""
+        return self._forward.finished
+
     def go_on(self) -> None:
         """Run to the next stop, or to the end, where the output is handed over (with ``keep``)."""
         self.stop = self._forward.run() or {}
-        if self._forward.finished:
+        if self.through:
             if self.keep:
                 self.lane.output(self.index, self._forward.result)
             self._forward.result = None
@@ -115,6 +121,7 @@ class BlockPass:
                  ``together`` says otherwise
     original     the untouched copy, when the input mismatch is wanted
     every        it goes along with every n-th batch
+    ahead        it goes on as soon as its inputs are known; else with its batch
     independent  paths (with the dot) of lists whose items do not see each other's outputs
     hessian_bytes  what the Hessians may take that are gathered together while replaying; one always fits
     together     groups of experts that are solved in batches -> how many at most; all others are solved one by one
@@ -129,12 +136,13 @@ class BlockPass:
         solve: Callable[[dict[LinearGroup, GroupInputs]], None],
         original: Lane | None = None,
         every: int = 1,
+        ahead: bool = False,
         independent: Collection[str] = (),
         hessian_bytes: int = 0,
         together: Mapping[LinearGroup, int] | None = None,
     ) -> None:
         self.lane, self.groups, self.batches, self.original = lane, groups, batches, original
-        self.every = every
+        self.every, self.ahead = every, ahead
         self.independent, self.hessian_bytes, self.together = independent, hessian_bytes, together or {}
         self.late: Counter[LinearGroup] = Counter()
         self._solve_groups = solve
@@ -157,32 +165,37 @@ class BlockPass:
                 if lane is not None:
                     stack.enter_context(self._stops(lane))
             pairs = [self._pair(i) for i in range(waiting)]
-            for traveller in _both(pairs):
-                self._advance(traveller)
             for wave in waves:
                 for groups in self._batched(wave) if everything else [wave]:
                     self._solve_at_once(groups, pairs)
-                for traveller in _both(pairs):
-                    if traveller.stop and self._solved.issuperset(traveller.stop):
-                        self._advance(traveller)
-            for i in range(waiting, self.batches):
-                for traveller in _both([self._pair(i, wanted=())]):
-                    self._advance(traveller)
+            for traveller in _both(
+                [*pairs, *(self._pair(i, wanted=()) for i in range(waiting, self.batches))]
+            ):
+                self._reach(traveller)
 
     def _solve_at_once(
         self, groups: list[LinearGroup], pairs: list[tuple[_Traveller, _Traveller | None]]
     ) -> None:
         """Gather the inputs of some groups, from the batches that wait there and from a replay of all others."""
         gathered = {group: self._sums(group) for group in groups}
-        for group, sums in gathered.items():
-            for traveller, twin in pairs:
+        for traveller, twin in pairs:
+            for each in _both([(traveller, twin)]):
+                self._reach(each)
+            for group, sums in gathered.items():
                 mine, theirs = (t.stop.get(group) if t is not None else None for t in (traveller, twin))
                 if mine is not None:
                     sums.add(mine(), theirs() if theirs is not None else None, traveller.tokens)
+            if self.ahead and twin is not None and twin.stop and gathered.keys() >= twin.stop.keys():
+                self._advance(twin)
         for i in range(len(pairs), self.batches):
             self._gather(self._pair(i, keep=False, wanted=groups), gathered)
         for batch in self._batched(groups):
             self._solve([gathered.pop(group) for group in batch])
+
+    def _reach(self, traveller: _Traveller) -> None:
+        """Go to the next stop, if everything that the batch waits for is solved."""
+        if not traveller.through and self._solved.issuperset(traveller.stop):
+            self._advance(traveller)
 
     @contextmanager
     def _stops(self, lane: Lane) -> Iterator[None]:
@@ -280,7 +293,7 @@ def _cut(groups: list[LinearGroup], size: int) -> list[list[LinearGroup]]:
     return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
-def _both(pairs: list[tuple[_Traveller, _Traveller | None]]) -> Iterator[_Traveller]:
+def _both(pairs: Iterable[tuple[_Traveller, _Traveller | None]]) -> Iterator[_Traveller]:
     for traveller, twin in pairs:
         yield traveller
         if twin is not None:

@@ -224,6 +224,7 @@ class QuantizeRun:
                 solve=solve,
                 original=original,
                 every=_every(schemes.values()),
+                ahead=self._sparing(block),
                 independent=self._independent(block),
                 hessian_bytes=memory.hessians,
                 together=together,
@@ -280,7 +281,7 @@ class QuantizeRun:
             every=_every(chosen.schemes.values()) if len(flows) > 1 else 0,
             together=together,
             on_gpu=device.type == "cuda",
-            experts=bool(self._independent(block)),
+            sparing=self._sparing(block),
         )
         kept = sum(flow.store.kept_on_device for flow in flows if flow.store is not None and not again)
         memory = needs.share(activation_budget(max_memory, device, 0), held=held_bytes(device), kept=kept)
@@ -291,6 +292,11 @@ class QuantizeRun:
             flow.once = memory.waiting
             flow.device_bytes, flow.host_bytes = memory.between // len(flows), host_budget() // len(flows)
         return memory
+
+    def _sparing(self, block: DecoderBlock) -> bool:
+        """Whether activations are held as `BlockNeeds.sparing` says: batches that meet other experts do not fit in, and
+        on a GPU it has not been measured."""
+        return self.skeleton.device.type != "cuda" and not self._independent(block)
 
     def _independent(self, block: DecoderBlock) -> set[str]:
         """Paths inside the block of lists of experts."""
