@@ -1,7 +1,8 @@
 // The quantized product with AVX2 and FMA.
 //
-// int8: integer products of bytes. exact, one row, 2 to 4 bits: the same products with the three or four digits of a
-// fixed-point activation (matmul_quads.h), 4 to 8 instructions for 32 codes, where float32 takes 14; otherwise float32.
+// int8: integer products of bytes. exact, one row: integer products with the digits of a fixed-point activation, three of
+// bfloat16 and float16 (matmul_avx2_digits.h), four of float32 but for 8 bits (matmul_quads.h), 4 to 8 instructions for 32
+// codes, where float32 takes 14; otherwise float32.
 #include "matmul_avx2_digits.h"
 #include "matmul_avx2_panel.h"
 
@@ -55,8 +56,6 @@ struct Avx2 : QuadKernel {
 
 using Quads = QuadEntries<Avx2, kInt8, kFloat, kFourDigits>;
 
-int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx2::word_bytes(Avx2::form(p))); }
-
 void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   if (Avx2::form(p) == kRareThird)
     prepare_rare_third(p);  // the only row
@@ -70,4 +69,4 @@ void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const lgq::MatmulKernels lgq::kMatmulAvx2 = {scratch_bytes, prepare_rows, multiply_blocks};
+const lgq::MatmulKernels lgq::kMatmulAvx2 = {Quads::scratch_bytes, prepare_rows, multiply_blocks};

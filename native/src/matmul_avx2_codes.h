@@ -29,32 +29,27 @@ LGQ_INLINE __m256i shift_right(__m256i v) {
     return v;
 }
 
-// Quad Q of a unit as unsigned bytes.
-template <int BITS, int Q>
-LGQ_INLINE __m256i quad_bytes(const uint8_t *half) {
-  if constexpr (BITS == 8) {
-    return run_at(half, Q);
-  } else if constexpr (quad_is_split(BITS, Q)) {
-    const __m256i low = _mm256_and_si256(shift_right<6>(run_at(half, Q - 6)), _mm256_set1_epi8(3));
-    const __m256i high = _mm256_and_si256(shift_right<Q - 2>(run_at(half, 2)), _mm256_set1_epi8(4));
-    return _mm256_or_si256(low, high);
-  } else {
-    return _mm256_and_si256(shift_right<quad_shift(BITS, Q)>(run_at(half, quad_run(BITS, Q))),
-                            _mm256_set1_epi8((1 << BITS) - 1));
-  }
-}
-
-// The same from runs in registers: quad Q of one that holds whole fields, and the two split quads of 3 bits.
-template <int BITS, int Q>
+// Field F of a run that holds whole fields, as unsigned bytes.
+template <int BITS, int F>
 LGQ_INLINE __m256i quad_of_run(__m256i run) {
-  const __m256i field = shift_right<Q * BITS>(run);
+  const __m256i field = shift_right<F * BITS>(run);
   return BITS == 8 ? field : _mm256_and_si256(field, _mm256_set1_epi8(static_cast<char>((1 << BITS) - 1)));
 }
 
+// Quad 6 or 7 of 3 bits, from the run with its low bits and that with its high ones.
 template <int Q>
 LGQ_INLINE __m256i split_quad(__m256i low, __m256i high) {
   return _mm256_or_si256(_mm256_and_si256(shift_right<6>(low), _mm256_set1_epi8(3)),
                          _mm256_and_si256(shift_right<Q - 2>(high), _mm256_set1_epi8(4)));
+}
+
+// Quad Q of a unit as unsigned bytes.
+template <int BITS, int Q>
+LGQ_INLINE __m256i quad_bytes(const uint8_t *half) {
+  if constexpr (quad_is_split(BITS, Q))
+    return split_quad<Q>(run_at(half, Q - 6), run_at(half, 2));
+  else
+    return quad_of_run<BITS, quad_shift(BITS, Q) / BITS>(run_at(half, quad_run(BITS, Q)));
 }
 
 // Byte J of every lane, alone in the lane.

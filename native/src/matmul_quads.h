@@ -121,7 +121,7 @@ void prepare_rows_as(const Product &p, int code_offset, int64_t begin, int64_t e
 template <class Kernel, int... T>
 struct QuadEntries {
   static int64_t scratch_bytes(const Product &p) {
-    return Activations::bytes(p, QuadKernel::word_bytes(Kernel::form(p)));
+    return Activations::bytes(p, Kernel::word_bytes(Kernel::form(p)));
   }
   static void prepare_rows(const Product &p, int64_t begin, int64_t end) {
     const int form = Kernel::form(p);

@@ -64,20 +64,20 @@ class MismatchAccumulator:
                 f"(..., {in_features})"
             )
         X_orig, X_quant = (X.detach().reshape(-1, in_features).to(self.M.device) for X in (X_orig, X_quant))
-        short = X_orig.dtype == X_quant.dtype and X_quant.dtype in SHORT_DTYPES
+        short = self.W is None and X_orig.dtype == X_quant.dtype and X_quant.dtype in SHORT_DTYPES
         library = native.load() if self.M.device.type == "cpu" else None
-        if self.W is not None:
-            difference = (X_orig.float() - X_quant.float()) @ self.W.t()
-            self.M.addmm_(difference.t(), X_quant.float())
-        elif self.M.is_cuda and short and add_mismatch_triton is not None:
+        if self.M.is_cuda and short and add_mismatch_triton is not None:
             add_mismatch_triton(self.M, X_orig, X_quant)
-        elif library is not None and X_orig.dtype == X_quant.dtype == torch.bfloat16:
+        elif library is not None and short and X_quant.dtype == torch.bfloat16:
             add_mismatch_cpu(library, self.M, X_orig, X_quant)
         else:
             step = max(1, CHUNK_VALUES // in_features)
             for original, quantized in zip(X_orig.split(step), X_quant.split(step), strict=True):
                 quantized = quantized.float()
-                self.M.addmm_((original.float() - quantized).t(), quantized)
+                difference = original.float() - quantized
+                if self.W is not None:
+                    difference = difference @ self.W.t()
+                self.M.addmm_(difference.t(), quantized)
         self.tokens += X_orig.shape[0]
         if not self.M.is_cuda:  # there the question would wait for the product: it is asked once, by `check`
             self.check()
