@@ -57,10 +57,12 @@ struct Avx2 : QuadKernel {
 using Quads = QuadEntries<Avx2, kInt8, kFloat, kFourDigits>;
 
 void prepare_rows(const Product &p, int64_t begin, int64_t end) {
-  if (Avx2::form(p) == kRareThird)
-    prepare_rare_third(p);  // the only row
-  else
+  if (Avx2::form(p) != kRareThird)
     Quads::prepare_rows(p, begin, end);
+  else if (p.w.header->bits == 8)
+    prepare_rare_third<true>(p);
+  else
+    prepare_rare_third<false>(p);
 }
 
 void multiply_blocks(const Product &p, int64_t begin, int64_t end) {

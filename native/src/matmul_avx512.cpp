@@ -3,8 +3,8 @@
 // exact: a code c becomes a bf16 without a conversion, by putting its bits into a mantissa: 1 + c / 2^bits (8-bit codes as
 // two nibbles: 1 + low / 16 and 16 + high). All of these are exact, the constant's share is taken off by starting the
 // accumulator at -(A + zero / D) * sum(x). float32 activations are split into three bf16 terms (24 bits), float16 into two;
-// a single row of them is cheaper as four or three digits of a fixed-point number (matmul_quads.h): an integer dot product
-// takes twice as many codes.
+// a single row of them is cheaper as digits of a fixed-point number, an integer dot product takes twice as many codes:
+// four of float32 (matmul_quads.h), else two and seldom a third (matmul_rare_third.h).
 // int8: codes are unsigned bytes, activations signed ones; the accumulator starts at -zero * sum(x).
 #include "matmul_avx512_row.h"
 
@@ -178,10 +178,12 @@ constexpr bool is_terms(int T) { return T >= kOneTerm && T <= kThreeTerms; }
 struct Avx512 {
   static int form(const Product &p) {
     if (p.mode == LGQ_INT8) return kInt8;
-    if (p.rows == 1) return p.dtype == LGQ_F32 ? kFourDigits : kThreeDigits;
+    if (p.rows == 1) return p.dtype == LGQ_F32 ? kFourDigits : kRareThird;
     return p.dtype == LGQ_BF16 ? kOneTerm : p.dtype == LGQ_F16 ? kTwoTerms : kThreeTerms;
   }
-  static constexpr int64_t word_bytes(int T) { return T == kInt8 || has_digits(T) ? digits_of(T) : 2 * T; }
+  static constexpr int64_t word_bytes(int T) {
+    return T == kRareThird ? 4 : T == kInt8 || has_digits(T) ? digits_of(T) : 2 * T;
+  }
 
   template <int BITS, int T>
   static void grid(const uint16_t *scales, const uint8_t *zeros, Grid *g) {
@@ -211,7 +213,7 @@ struct Avx512 {
       tile_exact<BITS, T, MR, AHEAD>(a);
   }
 
-  static constexpr bool has_row(int T) { return T == kInt8 || has_digits(T); }
+  static constexpr bool has_row(int T) { return !is_terms(T); }
   static constexpr int panel_units(int, int) { return 0; }
 
   template <int BITS, int T>
@@ -275,14 +277,13 @@ int64_t scratch_bytes(const Product &p) { return Activations::bytes(p, Avx512::w
 
 void prepare_rows(const Product &p, int64_t begin, int64_t end) {
   const int form = Avx512::form(p);
+  if (form == kRareThird) return prepare_rare_third<false>(p);
   const Activations x(p, Avx512::word_bytes(form));
   for (int64_t row = begin; row < end; ++row) {
     const Tile tile = tile_of(row, p.rows);
     for (int64_t s = 0; s < x.segments; ++s) {
       if (form == kInt8)
         prepare_quads<kInt8>(p, 0, x, row, tile, s);
-      else if (form == kThreeDigits)
-        prepare_quads<kThreeDigits>(p, 0, x, row, tile, s);
       else if (form == kFourDigits)
         prepare_quads<kFourDigits>(p, 0, x, row, tile, s);
       else
@@ -293,7 +294,7 @@ void prepare_rows(const Product &p, int64_t begin, int64_t end) {
 
 void multiply_blocks(const Product &p, int64_t begin, int64_t end) {
   const int form = Avx512::form(p);
-  multiply_in_form<Avx512, kInt8, kOneTerm, kTwoTerms, kThreeTerms, kThreeDigits, kFourDigits>(p, form, begin, end);
+  multiply_in_form<Avx512, kInt8, kOneTerm, kTwoTerms, kThreeTerms, kRareThird, kFourDigits>(p, form, begin, end);
 }
 
 }  // namespace

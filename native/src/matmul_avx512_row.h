@@ -3,15 +3,15 @@
 //
 // int8: a field is masked where it lies, not shifted: code * 2^shift is still an unsigned byte for the integer dot
 // product. Each shift has sums of its own, whole multiples of 2^shift, that are shifted back once a segment.
-// digits: a bfloat16 or float32 as three or four digits (matmul_quads.h); their sums would take too many registers
-// for each shift, and an unpacked code serves three or four products.
+// digits: a float32 as four of them (matmul_quads.h), a bfloat16 or float16 as two and seldom a third (matmul_rare_third.h);
+// their sums would take too many registers for each shift, and an unpacked code serves all of them.
 #pragma once
 
 #include <immintrin.h>
 
 #include <utility>
 
-#include "matmul_quads.h"
+#include "matmul_rare_third.h"
 
 namespace {
 
@@ -142,14 +142,29 @@ LGQ_INLINE void row_segment_int8(const RowArgs &a, const Segment &segment, int64
   }
 }
 
+// D digits of a unit's quads; of three the last lies apart (RareThird).
+template <int D>
+struct Digits {
+  static constexpr int kNear = D == 3 ? 2 : D;
+  const int32_t *x, *third;
+
+  __m512i operator()(int quad, int d) const {
+    return _mm512_set1_epi32(D == 3 && d == 2 ? third[quad] : x[quad * kNear + d]);
+  }
+  void next_unit() {
+    x += kQuads * kNear;
+    if (D == 3) third += kQuads;
+  }
+};
+
 template <int BITS, int D, int Q>
-LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D]) {
+LGQ_INLINE void quad_digits(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D]) {
   __m512i w[kVectorsPerBlock];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
 #pragma GCC unroll 4
   for (int d = 0; d < D; ++d) {
-    const __m512i digit = _mm512_set1_epi32(x[Q * D + d]);
+    const __m512i digit = x(Q, d);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v) {
       acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], w[v], digit);
@@ -159,37 +174,86 @@ LGQ_INLINE void quad_digits(const uint8_t *codes, const int32_t *x, __m512i (&ac
 }
 
 template <int BITS, int D, int... Q>
-LGQ_INLINE void row_unit_digits(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][D],
+LGQ_INLINE void row_unit_digits(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D],
                                 std::integer_sequence<int, Q...>) {
   (quad_digits<BITS, D, Q>(codes, x, acc), ...);
 }
 
+// Sums of one segment, acc[v][d] of vector v and digit d.
 template <int BITS, int D>
-LGQ_INLINE void row_segment_digits(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
-                                   __m512 (&sums)[kVectorsPerBlock]) {
-  __m512i acc[kVectorsPerBlock][D];
+LGQ_INLINE void sum_digits(const RowArgs &a, const Segment &segment, Digits<D> x, __m512i (&acc)[kVectorsPerBlock][D]) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v)
 #pragma GCC unroll 4
     for (int d = 0; d < D; ++d) acc[v][d] = _mm512_setzero_si512();
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
-  const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * D;
-  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x += kQuads * D)
+  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x.next_unit())
     row_unit_digits<BITS, D>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+}
+
+// sum(x (code - zero)) from the sums of the digits, the highest first.
+template <int D>
+LGQ_INLINE __m512 finish_digits(const RowArgs &a, int64_t s, const uint8_t *zeros, const __m512i (&digits)[D]) {
   const __m512 start = _mm512_set1_ps(a.init[s]);
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) {
-    __m512 digits = _mm512_cvtepi32_ps(acc[v][0]);
+  __m512 sum = _mm512_cvtepi32_ps(digits[0]), below = start;
 #pragma GCC unroll 3
-    for (int d = 1; d < D; ++d)
-      digits = _mm512_fmadd_ps(digits, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(acc[v][d]));
-    __m512 below = start;
-    if (!a.symmetric) {
-      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros + v * kVector));
-      below = _mm512_mul_ps(start, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
-    }
-    sums[v] = _mm512_fmadd_ps(digits, _mm512_set1_ps(a.scale[s]), below);
+  for (int d = 1; d < D; ++d) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(digits[d]));
+  if (!a.symmetric) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros));
+    below = _mm512_mul_ps(start, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
   }
+  return _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale[s]), below);
+}
+
+template <int BITS, int D>
+LGQ_INLINE void row_segment_digits(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
+                                   const Digits<D> &x, __m512 (&sums)[kVectorsPerBlock]) {
+  __m512i acc[kVectorsPerBlock][D];
+  sum_digits<BITS, D>(a, segment, x, acc);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) sums[v] = finish_digits<D>(a, s, zeros + v * kVector, acc[v]);
+}
+
+// Adds the third digit of the quads in `rare`, given as the segment's codes and digits.
+template <int BITS>
+LGQ_INLINE void add_rare(const uint8_t *codes, const int32_t *third, uint32_t rare, __m512i (&sum)[kVectorsPerBlock]) {
+  constexpr int fields = BITS == 3 ? 2 : 8 / BITS;  // whole ones in a byte
+#pragma GCC unroll 1
+  for (; rare != 0; rare &= rare - 1) {
+    const int at = __builtin_ctz(rare), quad = at % kQuads;
+    const uint8_t *unit = codes + at / kQuads * (kRunBytes * BITS);
+    const __m512i digit = _mm512_set1_epi32(third[at]);
+    const bool split = BITS == 3 && quad >= 6;
+    const int run = split ? quad - 6 : quad / fields;
+    const __m128i shift = _mm_cvtsi32_si128(split ? 6 : quad % fields * BITS), high_shift = _mm_cvtsi32_si128(quad - 2);
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>(split ? 3 : (1 << BITS) - 1));
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v) {
+      __m512i w = _mm512_and_si512(_mm512_srl_epi32(run_at(unit + v * 64, run), shift), mask);
+      if (split) {
+        const __m512i high = _mm512_srl_epi32(run_at(unit + v * 64, 2), high_shift);
+        w = _mm512_or_si512(w, _mm512_and_si512(high, _mm512_set1_epi8(4)));
+      }
+      sum[v] = _mm512_dpbusd_epi32(sum[v], w, digit);
+    }
+  }
+}
+
+template <int BITS>
+LGQ_INLINE void row_segment_rare_third(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
+                                       __m512 (&sums)[kVectorsPerBlock]) {
+  const RareThird x(a.x, a.segments, a.count, s);
+  const uint32_t rare = *x.rare;
+  if (__builtin_popcount(rare) > kMostRare)
+    return row_segment_digits<BITS, 3>(a, segment, s, zeros, {x.two, x.third}, sums);
+  __m512i two[kVectorsPerBlock][2], third[kVectorsPerBlock];
+  sum_digits<BITS, 2>(a, segment, {x.two, nullptr}, two);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) third[v] = _mm512_setzero_si512();
+  add_rare<BITS>(a.codes + segment.unit * a.unit_bytes, x.third, rare, third);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v)
+    sums[v] = finish_digits<3>(a, s, zeros + v * kVector, {two[v][0], two[v][1], third[v]});
 }
 
 // One block of outputs for the only row.
@@ -202,10 +266,14 @@ void row_avx512(const RowArgs &a) {
     const Segment &segment = a.segments[s];
     const int64_t at = int64_t{segment.group} * kBlock;
     __m512 sums[kVectorsPerBlock];
-    if constexpr (T == kInt8)
+    if constexpr (T == kInt8) {
       row_segment_int8<BITS>(a, segment, s, a.zeros + at, sums);
-    else
-      row_segment_digits<BITS, digits_of(T)>(a, segment, s, a.zeros + at, sums);
+    } else if constexpr (T == kRareThird) {
+      row_segment_rare_third<BITS>(a, segment, s, a.zeros + at, sums);
+    } else {
+      const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * digits_of(T);
+      row_segment_digits<BITS, digits_of(T)>(a, segment, s, a.zeros + at, {x, nullptr}, sums);
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v) {
       const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(a.scales + at + v * kVector));
