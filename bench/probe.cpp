@@ -57,7 +57,8 @@ int32_t probe_step(int kind) {
   return 2 * 12 * static_cast<int32_t>(sizeof(Floats)) / (kind == 2 ? 1 : kind == 1 && pairs ? 2 : 4);
 }
 
-// Reads all bytes once with every thread; returns a value that depends on them.
+// Reads all bytes once with every thread; returns a value that depends on them. Lines are fetched 4 KiB ahead: without that
+// it reaches 36 to 39 GB/s where products read 45 to 54 (2 cores of Zen 4), and never more than with it.
 int64_t probe_read(const char *data, int64_t bytes) {
   constexpr int width = sizeof(Integers);
   int64_t total = 0;
@@ -66,6 +67,7 @@ int64_t probe_read(const char *data, int64_t bytes) {
     const Integers *p = reinterpret_cast<const Integers *>(data + chunk * 4096);
     Integers a{}, b{}, c{}, d{};
     for (int i = 0; i < 4096 / width; i += 4) {
+      for (int k = 0; k < 4 * width; k += 64) __builtin_prefetch(data + chunk * 4096 + i * width + k + 4096);
       a += p[i];
       b += p[i + 1];
       c += p[i + 2];

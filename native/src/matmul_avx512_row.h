@@ -1,6 +1,10 @@
 // One row with AVX-512: memory is the limit, so every instruction for each code counts, and what is done once a segment
 // counts too: the loop over segments is here, with the totals in registers.
 //
+// Memory delivers its bandwidth to loops of one run (3 bits: a unit) that load every line once and in its order. Unrolled over a
+// unit, with a load for each quad, or with one run out of order, it is 0.5 to 0.8 of that. What is fetched by hand was measured
+// one by one (2 cores of Zen 4): 8-bit codes in int8 2 KiB ahead, digits of a segment for 2 and 3 bits; anything else loses.
+//
 // int8: a field is masked where it lies, not shifted: code * 2^shift is still an unsigned byte for the integer dot
 // product. Each shift has sums of its own, whole multiples of 2^shift, that are shifted back once a segment.
 // digits: a float32 as four of them (matmul_quads.h), a bfloat16 or float16 as two and seldom a third (matmul_rare_third.h);
@@ -39,19 +43,40 @@ LGQ_INLINE void keep(__m512i &v) { asm("" : "+v"(v)); }
 
 LGQ_INLINE __m512i run_at(const uint8_t *vector, int run) { return _mm512_load_si512(vector + run * kRunBytes); }
 
+LGQ_INLINE void load_run(const uint8_t *codes, __m512i (&run)[kVectorsPerBlock]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    run[v] = run_at(codes + v * 64, 0);
+    keep(run[v]);
+  }
+}
+
+LGQ_INLINE void fetch_run(const uint8_t *codes) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) _mm_prefetch(reinterpret_cast<const char *>(codes + v * 64), _MM_HINT_T1);
+}
+
+// Field F of a run that holds whole fields, as unsigned bytes.
+template <int BITS, int F>
+LGQ_INLINE __m512i quad_of_run(__m512i run) {
+  const __m512i field = shift_right<F * BITS>(run);
+  return BITS == 8 ? field : _mm512_and_si512(field, _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1)));
+}
+
+// Quad 6 or 7 of 3 bits, from the run with its low bits and that with its high ones.
+template <int Q>
+LGQ_INLINE __m512i split_quad(__m512i low, __m512i high) {
+  const __m512i merged = _mm512_ternarylogic_epi32(shift_right<6>(low), shift_right<Q - 2>(high), _mm512_set1_epi8(3), 0xE4);
+  return _mm512_and_si512(merged, _mm512_set1_epi8(7));  // merged: mask ? low : high
+}
+
 // Quad Q of a unit as unsigned bytes.
 template <int BITS, int Q>
 LGQ_INLINE __m512i quad_bytes(const uint8_t *vector) {
-  if constexpr (BITS == 8) {
-    return run_at(vector, Q);
-  } else if constexpr (quad_is_split(BITS, Q)) {
-    const __m512i low = shift_right<6>(run_at(vector, Q - 6)), high = shift_right<Q - 2>(run_at(vector, 2));
-    const __m512i merged = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xE4);  // mask ? low : high
-    return _mm512_and_si512(merged, _mm512_set1_epi8(7));
-  } else {
-    return _mm512_and_si512(shift_right<quad_shift(BITS, Q)>(run_at(vector, quad_run(BITS, Q))),
-                            _mm512_set1_epi8((1 << BITS) - 1));
-  }
+  if constexpr (quad_is_split(BITS, Q))
+    return split_quad<Q>(run_at(vector, Q - 6), run_at(vector, 2));
+  else
+    return quad_of_run<BITS, quad_shift(BITS, Q) / BITS>(run_at(vector, quad_run(BITS, Q)));
 }
 
 // Fields of a byte: which bits, and how far above their place in the code they lie.
@@ -61,6 +86,10 @@ struct Field {
 
 template <int BITS>
 constexpr int kFields = BITS == 3 ? 5 : 8 / BITS;
+
+// Runs that a loop takes at a time: no field of one lies in another but at 3 bits.
+template <int BITS>
+constexpr int kRepeated = BITS == 3 ? 3 : 1;
 
 constexpr Field field_of(int bits, int f) {
   constexpr Field three[] = {{0x07, 0}, {0x38, 3}, {0xC0, 6}, {0x40, 4}, {0x80, 5}};
@@ -76,7 +105,7 @@ constexpr int field_quad(int bits, int run, int f) {
 }
 
 template <int BITS, int RUN, int F>
-LGQ_INLINE void field_int8(const __m512i (&bytes)[kVectorsPerBlock], const int32_t *x,
+LGQ_INLINE void field_int8(const __m512i (&run)[kVectorsPerBlock], const int32_t *x,
                            __m512i (&acc)[kVectorsPerBlock][kFields<BITS>]) {
   constexpr int quad = field_quad(BITS, RUN, F);
   if constexpr (quad >= 0) {
@@ -84,7 +113,7 @@ LGQ_INLINE void field_int8(const __m512i (&bytes)[kVectorsPerBlock], const int32
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v) {
       const __m512i codes =
-          BITS == 8 ? bytes[v] : _mm512_and_si512(bytes[v], _mm512_set1_epi8(static_cast<char>(field_of(BITS, F).mask)));
+          BITS == 8 ? run[v] : _mm512_and_si512(run[v], _mm512_set1_epi8(static_cast<char>(field_of(BITS, F).mask)));
       acc[v][F] = _mm512_dpbusd_epi32(acc[v][F], codes, xq);
       keep(acc[v][F]);
     }
@@ -94,18 +123,16 @@ LGQ_INLINE void field_int8(const __m512i (&bytes)[kVectorsPerBlock], const int32
 template <int BITS, int RUN, int... F>
 LGQ_INLINE void run_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][kFields<BITS>],
                          std::integer_sequence<int, F...>) {
-  __m512i bytes[kVectorsPerBlock];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) {
-    bytes[v] = run_at(codes + v * 64, RUN);
-    keep(bytes[v]);
-  }
-  (field_int8<BITS, RUN, F>(bytes, x, acc), ...);
+  __m512i run[kVectorsPerBlock];
+  load_run(codes + RUN * kRunBytes, run);
+  if constexpr (BITS == 8) fetch_run(codes + 2048);
+  (field_int8<BITS, RUN, F>(run, x, acc), ...);
 }
 
+// What repeats: one run, at 3 bits the three of a unit.
 template <int BITS, int... RUN>
-LGQ_INLINE void row_unit_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][kFields<BITS>],
-                              std::integer_sequence<int, RUN...>) {
+LGQ_INLINE void runs_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[kVectorsPerBlock][kFields<BITS>],
+                          std::integer_sequence<int, RUN...>) {
   (run_int8<BITS, RUN>(codes, x, acc, std::make_integer_sequence<int, kFields<BITS>>()), ...);
 }
 
@@ -127,8 +154,10 @@ LGQ_INLINE void row_segment_int8(const RowArgs &a, const Segment &segment, int64
     for (int f = 0; f < kFields<BITS>; ++f) acc[v][f] = _mm512_setzero_si512();
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
   const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads;
-  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x += kQuads)
-    row_unit_int8<BITS>(codes, x, acc, std::make_integer_sequence<int, BITS>());
+  const uint8_t *end = codes + segment.units * a.unit_bytes;
+#pragma GCC unroll 1
+  for (; codes != end; codes += kRepeated<BITS> * kRunBytes, x += kQuads * kRepeated<BITS> / BITS)
+    runs_int8<BITS>(codes, x, acc, std::make_integer_sequence<int, kRepeated<BITS>>());
   const __m512i start = _mm512_set1_epi32(reinterpret_cast<const int32_t *>(a.init)[s]);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) {
@@ -151,32 +180,72 @@ struct Digits {
   __m512i operator()(int quad, int d) const {
     return _mm512_set1_epi32(D == 3 && d == 2 ? third[quad] : x[quad * kNear + d]);
   }
-  void next_unit() {
-    x += kQuads * kNear;
-    if (D == 3) third += kQuads;
+  void skip(int quads) {
+    x += quads * kNear;
+    if (D == 3) third += quads;
   }
 };
 
-template <int BITS, int D, int Q>
-LGQ_INLINE void quad_digits(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D]) {
-  __m512i w[kVectorsPerBlock];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = quad_bytes<BITS, Q>(codes + v * 64);
+template <int D>
+LGQ_INLINE void add_quad(const __m512i (&codes)[kVectorsPerBlock], const Digits<D> &x, int quad,
+                         __m512i (&acc)[kVectorsPerBlock][D]) {
 #pragma GCC unroll 4
   for (int d = 0; d < D; ++d) {
-    const __m512i digit = x(Q, d);
+    const __m512i digit = x(quad, d);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v) {
-      acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], w[v], digit);
+      acc[v][d] = _mm512_dpbusd_epi32(acc[v][d], codes[v], digit);
       keep(acc[v][d]);
     }
   }
 }
 
-template <int BITS, int D, int... Q>
-LGQ_INLINE void row_unit_digits(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D],
-                                std::integer_sequence<int, Q...>) {
-  (quad_digits<BITS, D, Q>(codes, x, acc), ...);
+// Field F of a run as the quad `quad`.
+template <int BITS, int F, int D>
+LGQ_INLINE void add_field(const __m512i (&run)[kVectorsPerBlock], const Digits<D> &x, int quad,
+                          __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i codes[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) codes[v] = quad_of_run<BITS, F>(run[v]);
+  add_quad(codes, x, quad, acc);
+}
+
+template <int Q, int D>
+LGQ_INLINE void add_split(const __m512i (&low)[kVectorsPerBlock], const __m512i (&high)[kVectorsPerBlock],
+                          const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i codes[kVectorsPerBlock];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) codes[v] = split_quad<Q>(low[v], high[v]);
+  add_quad(codes, x, Q, acc);
+}
+
+template <int BITS, int D>
+LGQ_INLINE void add_run(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i run[kVectorsPerBlock];
+  load_run(codes, run);
+  add_field<BITS, 0>(run, x, 0, acc);
+  if constexpr (BITS <= 4) add_field<BITS, 1>(run, x, 1, acc);
+  if constexpr (BITS == 2) {
+    add_field<BITS, 2>(run, x, 2, acc);
+    add_field<BITS, 3>(run, x, 3, acc);
+  }
+}
+
+// Every line once and in its order, or memory gives half of what it could.
+template <int D>
+LGQ_INLINE void add_unit_of_3(const uint8_t *codes, const Digits<D> &x, __m512i (&acc)[kVectorsPerBlock][D]) {
+  __m512i first[kVectorsPerBlock], second[kVectorsPerBlock], third[kVectorsPerBlock];
+  load_run(codes, first);
+  add_field<3, 0>(first, x, 0, acc);
+  add_field<3, 1>(first, x, 1, acc);
+  load_run(codes + kRunBytes, second);
+  add_field<3, 0>(second, x, 2, acc);
+  add_field<3, 1>(second, x, 3, acc);
+  load_run(codes + 2 * kRunBytes, third);
+  add_field<3, 0>(third, x, 4, acc);
+  add_field<3, 1>(third, x, 5, acc);
+  add_split<6>(first, third, x, acc);
+  add_split<7>(second, third, x, acc);
 }
 
 // Sums of one segment, acc[v][d] of vector v and digit d.
@@ -187,8 +256,14 @@ LGQ_INLINE void sum_digits(const RowArgs &a, const Segment &segment, Digits<D> x
 #pragma GCC unroll 4
     for (int d = 0; d < D; ++d) acc[v][d] = _mm512_setzero_si512();
   const uint8_t *codes = a.codes + segment.unit * a.unit_bytes;
-  for (int u = 0; u < segment.units; ++u, codes += kRunBytes * BITS, x.next_unit())
-    row_unit_digits<BITS, D>(codes, x, acc, std::make_integer_sequence<int, kQuads>());
+  const uint8_t *end = codes + segment.units * a.unit_bytes;
+#pragma GCC unroll 1
+  for (; codes != end; codes += kRepeated<BITS> * kRunBytes, x.skip(kQuads * kRepeated<BITS> / BITS)) {
+    if constexpr (BITS == 3)
+      add_unit_of_3(codes, x, acc);
+    else
+      add_run<BITS>(codes, x, acc);
+  }
 }
 
 // sum(x (code - zero)) from the sums of the digits, the highest first.
@@ -256,6 +331,14 @@ LGQ_INLINE void row_segment_rare_third(const RowArgs &a, const Segment &segment,
     sums[v] = finish_digits<3>(a, s, zeros + v * kVector, {two[v][0], two[v][1], third[v]});
 }
 
+// The next segment's digits, which codes have driven out of the first-level cache since they were read.
+LGQ_INLINE void fetch_digits(const RowArgs &a, const Segment &segment) {
+  const int32_t *next = RareThird(a.x, a.segments, a.count, 0).two + int64_t{segment.unit + segment.units} * kQuads * 2;
+#pragma GCC unroll 4
+  for (int line = 0; line < kSegment * 2 / 64; ++line)
+    _mm_prefetch(reinterpret_cast<const char *>(next + line * 16), _MM_HINT_T0);
+}
+
 // One block of outputs for the only row.
 template <int BITS, int T>
 void row_avx512(const RowArgs &a) {
@@ -265,6 +348,7 @@ void row_avx512(const RowArgs &a) {
   for (int64_t s = 0; s < a.count; ++s) {
     const Segment &segment = a.segments[s];
     const int64_t at = int64_t{segment.group} * kBlock;
+    if constexpr (T == kRareThird && BITS <= 3) fetch_digits(a, segment);
     __m512 sums[kVectorsPerBlock];
     if constexpr (T == kInt8) {
       row_segment_int8<BITS>(a, segment, s, a.zeros + at, sums);
