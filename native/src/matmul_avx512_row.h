@@ -1,9 +1,9 @@
 // One row with AVX-512: memory is the limit, so every instruction for each code counts, and what is done once a segment
 // counts too: the loop over segments is here, with the totals in registers.
 //
-// Memory delivers its bandwidth to loops of one run (3 bits: a unit) that load every line once and in its order. Unrolled over a
-// unit, with a load for each quad, or with one run out of order, it is 0.5 to 0.8 of that. What is fetched by hand was measured
-// one by one (2 cores of Zen 4): 8-bit codes in int8 2 KiB ahead, digits of a segment for 2 and 3 bits; anything else loses.
+// Memory delivers its bandwidth to loops of one run (3 bits: a unit) that load every line once and in its order. Unrolled
+// over a unit, with a load for each quad, or with one run out of order, it is 0.5 to 0.8 of that. What is fetched by hand was
+// measured case by case (2 cores of Zen 4): 8-bit codes in int8, 2 KiB ahead, and activations where fetch_x says so.
 //
 // int8: a field is masked where it lies, not shifted: code * 2^shift is still an unsigned byte for the integer dot
 // product. Each shift has sums of its own, whole multiples of 2^shift, that are shifted back once a segment.
@@ -331,12 +331,15 @@ LGQ_INLINE void row_segment_rare_third(const RowArgs &a, const Segment &segment,
     sums[v] = finish_digits<3>(a, s, zeros + v * kVector, {two[v][0], two[v][1], third[v]});
 }
 
-// The next segment's digits, which codes have driven out of the first-level cache since they were read.
-LGQ_INLINE void fetch_digits(const RowArgs &a, const Segment &segment) {
-  const int32_t *next = RareThird(a.x, a.segments, a.count, 0).two + int64_t{segment.unit + segment.units} * kQuads * 2;
+// The next segment's activations: codes have driven them out of the first-level cache since they were read.
+template <int BITS, int T>
+LGQ_INLINE void fetch_x(const RowArgs &a, const Segment &segment) {
+  constexpr bool pays = T == kInt8 ? BITS == 2 : T == kRareThird && BITS <= 4;
+  constexpr int bytes = T == kInt8 ? 1 : 2;  // of an input
+  const uint8_t *next = a.x + int64_t{segment.unit + segment.units} * kUnit * bytes;
 #pragma GCC unroll 4
-  for (int line = 0; line < kSegment * 2 / 64; ++line)
-    _mm_prefetch(reinterpret_cast<const char *>(next + line * 16), _MM_HINT_T0);
+  for (int at = 0; pays && at < kSegment * bytes; at += 64)
+    _mm_prefetch(reinterpret_cast<const char *>(next + at), _MM_HINT_T0);
 }
 
 // One block of outputs for the only row.
@@ -348,7 +351,7 @@ void row_avx512(const RowArgs &a) {
   for (int64_t s = 0; s < a.count; ++s) {
     const Segment &segment = a.segments[s];
     const int64_t at = int64_t{segment.group} * kBlock;
-    if constexpr (T == kRareThird && BITS <= 3) fetch_digits(a, segment);
+    fetch_x<BITS, T>(a, segment);
     __m512 sums[kVectorsPerBlock];
     if constexpr (T == kInt8) {
       row_segment_int8<BITS>(a, segment, s, a.zeros + at, sums);
