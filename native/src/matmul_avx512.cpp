@@ -262,9 +262,8 @@ void prepare_exact(const Product &p, const Activations &x, int terms, int64_t ro
     }
   }
   const int64_t lane = row - tile.start;
-  x.init[tile.start * x.segments + s * tile.rows + lane] = start_exact(*p.w.header, _mm512_reduce_add_ps(sum));
-  auto *out = reinterpret_cast<uint32_t *>(x.words + tile.start * x.row_bytes +
-                                           int64_t{segment.unit} * kUnit * 2 * terms * tile.rows);
+  x.init[x.number_at(tile.start, s) + lane] = start_exact(*p.w.header, _mm512_reduce_add_ps(sum));
+  auto *out = reinterpret_cast<uint32_t *>(x.words_at(tile.start, segment));
   if (tile.rows == 1 && terms == 1) {
     std::memcpy(out, pairs[0], static_cast<size_t>(n) * 2);
     return;

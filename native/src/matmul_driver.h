@@ -58,25 +58,46 @@ inline Tile tile_of(int64_t row, int64_t rows) {
 
 inline int64_t padded_rows(int64_t rows) { return rows == 1 ? 1 : (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-// The prepared activations in the scratch buffer: for each tile [word][row of the tile], so that the tile's inner loop
-// walks one pointer; then per tile [segment][row] the start value of an accumulator, and (int8) the scale.
+// The prepared activations in the scratch buffer, in the order in which a block of outputs reads them:
+//
+//   [band of 64 rows][segment][tile][word][row of the tile]
+//
+// and after them [band][segment][row] start values of accumulators and scales. With whole rows of a tile beside each other a
+// tile's words would begin tens of kilobytes after the last tile's, where no prefetcher looks.
 struct Activations {
   uint8_t *words;
-  float *init;  // int8: int32 of the same size
-  float *scale;
-  int64_t row_bytes;
-  int64_t segments;
+  float *init;   // int8: int32 of the same size
+  float *scale;  // int8, digits
+  int64_t rows, input_bytes, segments, units;
 
-  Activations(const Product &p, int64_t input_bytes)
+  Activations(const Product &p, int64_t bytes)
       : words(p.scratch),
-        row_bytes(p.w.header->units * kUnit * input_bytes),
-        segments(p.w.header->segments) {
-    init = reinterpret_cast<float *>(words + padded_rows(p.rows) * row_bytes);
-    scale = init + padded_rows(p.rows) * segments;
+        rows(padded_rows(p.rows)),
+        input_bytes(bytes),
+        segments(p.w.header->segments),
+        units(p.w.header->units) {
+    init = reinterpret_cast<float *>(words + rows * units * kUnit * input_bytes);
+    scale = init + rows * segments;
   }
   static int64_t bytes(const Product &p, int64_t input_bytes) {
     return padded_rows(p.rows) * (p.w.header->units * kUnit * input_bytes + p.w.header->segments * 8);
   }
+
+  // The words of a tile's segment, the tile given by its first row.
+  uint8_t *words_at(int64_t row, const Segment &segment) const {
+    const int64_t top = top_of(row);
+    const int64_t unit = top * units + height(top) * segment.unit + (row - top) * segment.units;
+    return words + unit * kUnit * input_bytes;
+  }
+  // Where its start values and scales are.
+  int64_t number_at(int64_t row, int64_t s) const {
+    const int64_t top = top_of(row);
+    return top * segments + height(top) * s + row - top;
+  }
+
+ private:
+  static int64_t top_of(int64_t row) { return row - row % kBand; }
+  int64_t height(int64_t top) const { return rows - top < kBand ? rows - top : kBand; }
 };
 
 struct Grid {
@@ -204,24 +225,23 @@ struct Band {
   int64_t top, bottom, rows;
   float *totals;
 
-  TileArgs tile(TileArgs args, const Activations &x, int64_t input_bytes, int64_t row, int64_t unit, int64_t s) const {
-    const int height = tile_of(row, rows).rows;
-    args.x = x.words + row * x.row_bytes + unit * kUnit * input_bytes * height;
-    args.init = x.init + row * x.segments + s * height;
-    args.scale = x.scale + row * x.segments + s * height;
+  TileArgs tile(TileArgs args, const Activations &x, int64_t row, const Segment &segment, int64_t s) const {
+    args.x = x.words_at(row, segment);
+    args.init = x.init + x.number_at(row, s);
+    args.scale = x.scale + x.number_at(row, s);
     args.totals = totals + (row - top) * kBlock;
     return args;
   }
 };
 
-// Every tile of a band with the codes of segment s, whose first unit is `unit`.
+// Every tile of a band with the codes of segment s.
 template <class Kernel, int BITS, int T>
-inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &segment, int64_t unit, int64_t s,
-                                                          const Activations &x, const Band &band) {
+inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &whole, const Segment &segment,
+                                                          int64_t s, const Activations &x, const Band &band) {
   const bool many = band.bottom - band.top >= kShares * kTileRows;
-  const uint8_t *next = segment.codes + segment.units * segment.unit_bytes;
+  const uint8_t *next = whole.codes + whole.units * whole.unit_bytes;
   for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
-    TileArgs args = band.tile(segment, x, Kernel::word_bytes(T), row, unit, s);
+    TileArgs args = band.tile(whole, x, row, segment, s);
     const int64_t index = (row - band.top) / kTileRows;
     args.next = next + (many ? index * (args.unit_bytes / kShares) : 0);
     if (tile_of(row, band.rows).rows == 1)
@@ -237,17 +257,19 @@ inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &segmen
 
 // The same with codes that are unpacked first.
 template <class Kernel, int BITS, int T>
-void multiply_panels(const TileArgs &segment, int64_t unit, int64_t s, const Activations &x, const Band &band) {
+void multiply_panels(const TileArgs &whole, const Segment &segment, int64_t s, const Activations &x, const Band &band) {
   constexpr int most = Kernel::panel_units(BITS, T);
   alignas(64) uint8_t panel[kPanelBytes];
-  for (int u = 0; u < segment.units; u += most) {
-    TileArgs part = segment;
-    part.units = segment.units - u < most ? segment.units - u : most;
-    Kernel::template unpack<BITS, T>(segment.codes + u * segment.unit_bytes, part.units, *segment.grid, panel);
+  for (int u = 0; u < whole.units; u += most) {
+    TileArgs part = whole;
+    part.units = whole.units - u < most ? whole.units - u : most;
+    Kernel::template unpack<BITS, T>(whole.codes + u * whole.unit_bytes, part.units, *whole.grid, panel);
     part.codes = panel;
     for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
-      const TileArgs args = band.tile(part, x, Kernel::word_bytes(T), row, unit + u, s);
-      if (tile_of(row, band.rows).rows == 1)
+      const int height = tile_of(row, band.rows).rows;
+      TileArgs args = band.tile(part, x, row, segment, s);
+      args.x += u * kUnit * x.input_bytes * height;
+      if (height == 1)
         Kernel::template panel_tile<BITS, T, 1>(args);
       else
         Kernel::template panel_tile<BITS, T, kTileRows>(args);
@@ -282,9 +304,9 @@ void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
         args.units = segment.units;
         const Band band{top, bottom, p.rows, totals};
         if constexpr (Kernel::panel_units(BITS, T) > 0)
-          multiply_panels<Kernel, BITS, T>(args, segment.unit, s, x, band);
+          multiply_panels<Kernel, BITS, T>(args, segment, s, x, band);
         else
-          multiply_tiles<Kernel, BITS, T>(args, segment.unit, s, x, band);
+          multiply_tiles<Kernel, BITS, T>(args, segment, s, x, band);
       }
       for (int64_t row = top; row < bottom; ++row)
         Kernel::store_row(totals + (row - top) * kBlock, bias, p.y, p.dtype, row * p.y_stride + first, count);

@@ -85,10 +85,9 @@ template <int T>
 void prepare_quads(const Product &p, int code_offset, const Activations &x, int64_t row, const Tile &tile, int64_t s) {
   const Segment &segment = p.w.segments[s];
   const int n = segment.units * kUnit;
-  const int64_t lane = row - tile.start, at = tile.start * x.segments + s * tile.rows + lane;
+  const int64_t lane = row - tile.start, at = x.number_at(tile.start, s) + lane;
   constexpr int64_t bytes = T == kFloat ? 16 : 4;  // of a quad's digit
-  uint8_t *words = x.words + tile.start * x.row_bytes +
-                   int64_t{segment.unit} * kUnit * tile.rows * QuadKernel::word_bytes(T) + lane * bytes;
+  uint8_t *words = x.words_at(tile.start, segment) + lane * bytes;
   const int factor = p.w.header->symmetric ? code_offset - p.w.header->zero : -1;
   alignas(64) float f[kSegment];
   load_segment(p, row, segment, f);
