@@ -1,0 +1,157 @@
+"""The tables of docs/performance.md, from bench/results/cpu_matmul.jsonl: the last line of each product.
+
+    python -m bench.matmul_table [--isa avx512] [--since 2026-11-29]
+
+Prints what was measured beside other tools, the goals, and one row and sixteen of every width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from bench.record import RESULTS
+
+PEERS = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "ggml": "ggml",
+    "zentorch": "zentorch",
+    "torch_int4": "torch int4",
+    "torch_dense": "dense bf16",
+}
+# By arithmetic and rows: the fraction of the memory probe, the time relative to the fastest other tool, or a rate.
+GOALS = {
+    ("int8", 1): ("of the probe", 0.95),
+    ("exact", 1): ("of the probe", 0.95),
+    ("int8", 4): ("of the fastest other", 0.8),
+    ("int8", 16): ("of the fastest other", 0.85),
+    ("exact", 16): ("us", 1500),
+    ("int8", 64): ("of the fastest other", 0.85),
+    ("int8", 512): ("Gop/s", 800),
+    ("exact", 512): ("Gop/s", 410),
+}
+RATES = ("GB/s of probe", "Gop/s of probe", "of the roofline")
+
+Line = dict[str, Any]
+
+
+def last_lines(isa: str, since: str) -> list[Line]:
+    """The last plain line (bfloat16, symmetric, in order) of each product; one with other tools before one without."""
+    lines = [json.loads(text) for text in (RESULTS / "cpu_matmul.jsonl").read_text().splitlines()]
+    last: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        if line["isa"] != isa or line["date"] < since or line["dtype"] != "bfloat16":
+            continue
+        if line["sym"] and not line["act_order"]:
+            last[
+                line["in"], line["out"], line["bits"], line["mode"], line["rows"], bool(line.get("peers"))
+            ] = line
+    return [line for _, line in sorted(last.items(), key=lambda item: str(item[0][:2]))]
+
+
+def micro(time: dict[str, float], spread: bool = False) -> str:
+    """Microseconds, the median and perhaps p20 to p80."""
+    text = f"{time['p50']:.0f}"
+    return f"{text} ({time['p20']:.0f}-{time['p80']:.0f})" if spread else text
+
+
+def others(line: Line) -> dict[str, float]:
+    """Medians of everybody else."""
+    return {name: time["p50"] for name, time in line["microseconds"].items() if name != "lightgptq"}
+
+
+def rates(line: Line) -> str:
+    """What was reached, beside the probes."""
+    fraction = line["of_roofline"]
+    memory = f"{line['gb_s']:.1f} of {line['probe_gb_s']['p50']:.1f}"
+    arithmetic = f"{line['gop_s']:.0f} of {line['probe_gop_s']['p50']:.0f}"
+    spread = f"{fraction['p50']:.2f} ({fraction['p20']:.2f}-{fraction['p80']:.2f})"
+    return f"{memory} | {arithmetic} | {spread}"
+
+
+def print_rows(header: list[str], rows: list[str]) -> None:
+    """A table, if it has rows."""
+    if rows:
+        print("\n".join([f"| {' | '.join(header)} |", "|" + "---|" * len(header), *rows, ""]))
+
+
+def beside_others(lines: list[Line]) -> None:
+    """Products that other tools made in the same run."""
+    lines = [line for line in lines if line.get("peers")]
+    names = [name for name in PEERS if any(name in line["microseconds"] for line in lines)]
+    rows = []
+    for line in lines:
+        times = line["microseconds"]
+        cells = " | ".join(micro(times[name]) if name in times else "" for name in names)
+        what = f"{line['in']} x {line['out']} | {line['mode']} | {line['rows']}"
+        rows.append(f"| {what} | {micro(times['lightgptq'], True)} | {cells} | {rates(line)} |")
+    titles = [PEERS[name] for name in names]
+    print_rows(
+        [
+            "in x out",
+            "mode",
+            "rows",
+            "lightgptq",
+            *titles,
+            "GB/s of probe",
+            "Gop/s of probe",
+            "of the roofline",
+        ],
+        rows,
+    )
+
+
+def goals(lines: list[Line]) -> None:
+    """What the 4-bit lines beside other tools reach of what was asked for."""
+    rows = []
+    for line in lines:
+        goal = GOALS.get((line["mode"], line["rows"]))
+        if goal is None or not line.get("peers"):
+            continue
+        kind, bound = goal
+        ours, rest = line["microseconds"]["lightgptq"]["p50"], others(line)
+        fastest = min(rest, key=lambda name: rest[name])
+        reached, sign = {
+            "of the probe": (line["of_roofline"]["p50"], ">="),
+            "of the fastest other": (ours / rest[fastest], "<="),
+            "us": (ours, "<="),
+            "Gop/s": (line["gop_s"], ">="),
+        }[kind]
+        what = f"{line['in']} x {line['out']} | {line['rows']} | {line['mode']}"
+        strongest = f"{PEERS[fastest]}, {rest[fastest]:.0f} us (ours {ours:.0f})"
+        rows.append(f"| {what} | {sign} {bound} {kind} | {reached:.3g} | {strongest} |")
+    print_rows(["in x out", "rows", "mode", "goal", "reached", "strongest other"], rows)
+
+
+def by_width(lines: list[Line]) -> None:
+    """Every line without other tools."""
+    rows = [
+        f"| {line['bits']} | {line['mode']} | {line['rows']} | {line['in']} | "
+        f"{micro(line['microseconds']['lightgptq'], True)} | {rates(line)} |"
+        for line in lines
+        if not line.get("peers")
+    ]
+    print_rows(
+        ["bits", "mode", "rows", "inputs", "lightgptq", "GB/s of probe", "Gop/s of probe", "of the roofline"],
+        rows,
+    )
+
+
+def main() -> None:
+    """Print the tables of one instruction set."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--isa", default="avx512")
+    parser.add_argument("--since", default="", help="leave out lines of before this date")
+    options = parser.parse_args()
+    lines = last_lines(options.isa, options.since)
+    beside_others(lines)
+    goals(lines)
+    by_width(lines)
+
+
+if __name__ == "__main__":
+    main()
