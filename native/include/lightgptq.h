@@ -114,6 +114,18 @@ LGQ_API int32_t lgq_dequantize(const void *packed, int64_t packed_bytes, void *w
 LGQ_API int32_t lgq_rms_norm(const void *x, int64_t rows, int64_t cols, const void *weight, float eps, void *y,
                              int32_t dtype);
 
+/* y = softmax(scale * q k^T) v for one query token a sequence, in float, rounded once (arXiv 1706.03762, equation 1).
+ * q and y      contiguous (batch, heads, head_dim); y is none of the inputs' memory
+ * k and v      (batch, kv_heads, tokens, head_dim), the last dimension contiguous; strides count elements from one to the
+ *              next, and are not negative. Head h reads key head h / (heads / kv_heads), which divides without rest
+ * tokens       at least 1; head_dim at most LGQ_WIDEST_HEAD
+ * dtype        of q, k, v and y. NaN and infinity go through the formula as it stands. */
+#define LGQ_WIDEST_HEAD 512
+LGQ_API int32_t lgq_attend(const void *q, const void *k, int64_t k_batch, int64_t k_head, int64_t k_token,
+                           const void *v, int64_t v_batch, int64_t v_head, int64_t v_token, int64_t batch,
+                           int64_t heads, int64_t kv_heads, int64_t tokens, int64_t head_dim, float scale, void *y,
+                           int32_t dtype);
+
 /* --- The solver ------------------------------------------------------------------------------------------------ */
 
 /* GPTQ's sweep (arXiv 2210.17323, algorithm 1) over columns in the order given, on a fixed grid.
