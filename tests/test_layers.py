@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharing": {"ops"},
     "linear": {"errors", "core", "checkpoint", "ops", "sharing"},
     "norm": {"native", "ops"},
+    "attention": {"native", "ops"},
     "head": {"errors", "core", "checkpoint", "ops", "sharing", "linear"},
     "companions": {"errors", "core", "checkpoint"},
     "layouts": {"errors"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "skeleton": {"errors", "core", "checkpoint", "companions", "layouts", "sources"},
     "hf": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "sources", "skeleton"),
-        *("head", "norm", "version"),
+        *("head", "norm", "attention", "version"),
     },
     "quantization": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "once": set(),
     "loading": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "skeleton", "sources"),
-        *("texts", "hf", "norm", "quantization", "once"),
+        *("texts", "hf", "norm", "attention", "quantization", "once"),
     },
     "evaluation": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),

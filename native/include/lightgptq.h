@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 4
+#define LGQ_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {

@@ -32,6 +32,7 @@ class Random {
   uint64_t state_;
 };
 
+void test_attention();
 void test_solver();
 void test_matmul();
 void test_hostile();

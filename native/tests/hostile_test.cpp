@@ -48,6 +48,42 @@ void spoil_norm() {
   for (const float f : y) CHECK(f == 0.0f);
 }
 
+void spoil_attention() {
+  float q[8] = {1, 2, 3, 4, 5, 6, 7, 8}, k[12] = {1}, v[12] = {1}, y[8] = {};
+  const auto attend = [&](int64_t stride, int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim) {
+    return lgq_attend(q, k, 12, 6, stride, v, 12, 6, stride, batch, heads, kv_heads, tokens, dim, 1.0f, y, LGQ_F32);
+  };
+  const auto strided = [&](int64_t kb, int64_t kh, int64_t kt, int64_t vb, int64_t vh, int64_t vt) {
+    return lgq_attend(q, k, kb, kh, kt, v, vb, vh, vt, 1, 4, 2, 3, 2, 1.0f, y, LGQ_F32);
+  };
+  refuse_sizes([&](int64_t n) { return attend(2, n, 4, 2, 3, 2); }, true);
+  refuse_sizes([&](int64_t n) { return attend(2, 1, n, 2, 3, 2); });
+  refuse_sizes([&](int64_t n) { return attend(2, 1, 4, n, 3, 2); });
+  refuse_sizes([&](int64_t n) { return attend(2, 1, 4, 2, n, 2); });
+  refuse_sizes([&](int64_t n) { return attend(2, 1, 4, 2, 3, n); });
+  refuse_sizes([&](int64_t n) { return strided(n, 6, 2, 12, 6, 2); }, true);
+  refuse_sizes([&](int64_t n) { return strided(12, n, 2, 12, 6, 2); }, true);
+  refuse_sizes([&](int64_t n) { return strided(12, 6, n, 12, 6, 2); }, true);
+  refuse_sizes([&](int64_t n) { return strided(12, 6, 2, n, 6, 2); }, true);
+  refuse_sizes([&](int64_t n) { return strided(12, 6, 2, 12, n, 2); }, true);
+  refuse_sizes([&](int64_t n) { return strided(12, 6, 2, 12, 6, n); }, true);
+  CHECK(attend(2, 1, 4, 3, 3, 2) == LGQ_BAD_SIZE);
+  CHECK(attend(2, 1, 2, 4, 3, 2) == LGQ_BAD_SIZE);
+  CHECK(attend(2, 1 << 20, 1 << 20, 1, 3, 2) == LGQ_BAD_SIZE);
+  CHECK(attend(2, 1, 4, 2, 3, LGQ_WIDEST_HEAD + 1) == LGQ_BAD_SIZE);
+  const auto from = [&](const void *a, const void *b, const void *c, void *to, int32_t dtype) {
+    return lgq_attend(a, b, 12, 6, 2, c, 12, 6, 2, 1, 4, 2, 3, 2, 1.0f, to, dtype);
+  };
+  CHECK(from(nullptr, k, v, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(from(q, nullptr, v, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(from(q, k, nullptr, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(from(q, k, v, nullptr, LGQ_F32) == LGQ_NULL_POINTER);
+  for (const int32_t dtype : {-1, 3, INT32_MAX}) CHECK(from(q, k, v, y, dtype) == LGQ_BAD_DTYPE);
+  CHECK(attend(2, 0, 4, 2, 3, 2) == LGQ_OK);
+  for (const float f : y) CHECK(f == 0.0f);
+  CHECK(from(q, k, v, y, LGQ_F32) == LGQ_OK);
+}
+
 void spoil_packing(const Weight &w) {
   const int32_t *g_idx = w.g_idx.data();
   int64_t bytes = -7;
@@ -229,6 +265,7 @@ void spoil_refinement() {
 void test_hostile() {
   const Weight w;
   spoil_norm();
+  spoil_attention();
   spoil_packing(w);
   spoil_products(w);
   spoil_solvers();

@@ -14,6 +14,7 @@ int main() {
     const std::string name = names.substr(0, at);
     CHECK(lgq_init(name.c_str()) == LGQ_OK);
     CHECK(name == lgq_isa());
+    test_attention();
     test_solver();
     test_matmul();
     test_hostile();

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightgptq.attention import use_native_attention
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
@@ -69,6 +70,7 @@ def load(
         model = _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
         if model.device.type == "cpu":
             replace_norms(model)
+            use_native_attention(model)
     if head_bits is not None:
         quantize_head(model, head_bits, mode)
     return model

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightgptq.attention import use_native_attention
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.errors import CheckpointError, UsageError
 from lightgptq.hf import insert_quant_linears
@@ -93,6 +94,8 @@ class LightGPTQQuantizer(HfQuantizer):
             layer.__dict__.pop("weight", None)
             layer.prepare()
         replace_norms(model)
+        if model.device.type == "cpu":
+            use_native_attention(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
