@@ -4,7 +4,7 @@ Of each product's lines the one whose probes were least disturbed counts: other 
 
     python -m bench.matmul_table [--isa avx512] [--since 2026-11-29] [--commits 15bf4bc,...]
 
-Prints what was measured beside other tools, the goals, and one row and sixteen of every width.
+Prints what was measured beside other tools, the goals, and what was measured alone.
 """
 
 from __future__ import annotations
@@ -96,19 +96,7 @@ def beside_others(lines: list[Line]) -> None:
         what = f"{line['in']} x {line['out']} | {line['mode']} | {line['rows']}"
         rows.append(f"| {what} | {micro(times['lightgptq'], True)} | {cells} | {rates(line)} |")
     titles = [PEERS[name] for name in names]
-    print_rows(
-        [
-            "in x out",
-            "mode",
-            "rows",
-            "lightgptq",
-            *titles,
-            "GB/s of probe",
-            "Gop/s of probe",
-            "of the roofline",
-        ],
-        rows,
-    )
+    print_rows(["in x out", "mode", "rows", "lightgptq", *titles, *RATES], rows)
 
 
 def goals(lines: list[Line]) -> None:
@@ -143,10 +131,7 @@ def by_width(lines: list[Line]) -> None:
         for line in lines
         if not line.get("peers")
     ]
-    print_rows(
-        ["bits", "mode", "rows", "inputs", "lightgptq", "GB/s of probe", "Gop/s of probe", "of the roofline"],
-        rows,
-    )
+    print_rows(["bits", "mode", "rows", "inputs", "lightgptq", *RATES], rows)
 
 
 def main() -> None:

@@ -15,22 +15,6 @@ constexpr int64_t kParallel = 1 << 19;
 constexpr int64_t kMost = int64_t{1} << 28;      // of what is counted, so that no product of sizes overflows
 constexpr int64_t kFurthest = int64_t{1} << 58;  // elements that strides may lead away, nor any offset
 
-AttendKernel kernel() {
-  switch (active_isa()) {
-#if defined(LGQ_X86)
-    case Isa::avx2:
-      return kAttendAvx2;
-    case Isa::avx512:
-      return kAttendAvx512;
-#elif defined(LGQ_ARM64)
-    case Isa::neon:
-      return kAttendNeon;
-#endif
-    default:
-      return kAttendPortable;
-  }
-}
-
 bool size_ok(int64_t n) { return n >= 1 && n <= kMost; }
 
 bool stride_ok(int64_t stride, int64_t count) { return stride >= 0 && stride <= kFurthest / count; }
@@ -54,7 +38,7 @@ int32_t lgq_attend(const void *q, const void *k, int64_t k_batch, int64_t k_head
   const int64_t runs = (heads / kv_heads + kHeadsAtOnce - 1) / kHeadsAtOnce, items = batch * kv_heads * runs;
   const AttendArgs args{q,     k,        k_batch, k_head,   k_token, v,     v_batch, v_head, v_token,
                         heads, kv_heads, tokens,  head_dim, runs,    scale, y,       dtype};
-  const AttendKernel attend = kernel();
+  const AttendKernel attend = LGQ_ACTIVE(kAttend);
   if (2 * batch * heads * head_dim >= kParallel / tokens)
     parallel_items(items, [&](int64_t item) { attend(args, item); });
   else

@@ -14,8 +14,6 @@
 #include <arm_neon.h>
 #endif
 
-#define LGQ_INLINE static inline __attribute__((always_inline))
-
 namespace {
 
 #if defined(__AVX512F__)

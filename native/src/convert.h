@@ -1,10 +1,16 @@
 // Scalar conversions between float32 and the 16-bit floats. Internal linkage: included by files of every instruction set.
+//
+// LGQ_INLINE: the same, for what must be inlined whatever the compiler thinks of its size.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "lightgptq.h"
+
+#if !defined(LGQ_INLINE)  // the emulation of AVX-512 has its own
+#define LGQ_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace lgq {
 

@@ -17,23 +17,6 @@ namespace {
 // Below this many activations a second trip through the threads costs more (2 microseconds) than it saves.
 constexpr int64_t kSerialPreparation = 1 << 14;
 
-const MatmulKernels &kernels() {
-  switch (active_isa()) {
-#if defined(LGQ_X86)
-    case Isa::avx512:
-      return kMatmulAvx512;
-    case Isa::avx2:
-      return kMatmulAvx2;
-#endif
-#if defined(LGQ_ARM64)
-    case Isa::neon:
-      return kMatmulNeon;
-#endif
-    default:
-      return kMatmulPortable;
-  }
-}
-
 // One buffer per calling thread, kept between calls and grown as needed.
 struct Scratch {
   uint8_t *data = nullptr;
@@ -96,7 +79,7 @@ int32_t set_up(const lgq_factor &f, int64_t rows, const void *x, int64_t x_strid
 int32_t multiply(Product *products, int count) {
   Product &first = products[0];
   if (first.rows == 0) return LGQ_OK;
-  const MatmulKernels &k = kernels();
+  const MatmulKernels &k = LGQ_ACTIVE(kMatmul);
   if (!t_scratch.reserve(k.scratch_bytes(first))) return LGQ_OUT_OF_MEMORY;
   for (int i = 0; i < count; ++i) products[i].scratch = t_scratch.data;
   if (first.rows * first.w.header->in_features <= kSerialPreparation)

@@ -12,8 +12,6 @@
 
 namespace {
 
-#define LGQ_INLINE static inline __attribute__((always_inline))
-
 constexpr int kHalves = 2 * kVectorsPerBlock;  // registers of 8 outputs in a block
 
 // A vector of 16 outputs is two registers; `half` points to one.

@@ -42,9 +42,8 @@ LGQ_INLINE __m512bh high_nibbles(const uint8_t *vector) {
   return (__m512bh)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), kAndOr);
 }
 
-// Quad Q's part of fetching a tile's share of a unit into the first-level cache. Only where arithmetic is the limit:
-// for a matrix-vector product every variant tried (1 to 8 KiB ahead, in bursts or spread) lost 15 to 40 % of the bandwidth
-// to what the hardware does by itself (2 cores of Zen 4).
+// Quad Q's part of fetching a tile's share of a unit into the first-level cache. Only where arithmetic is the limit;
+// what one row fetches is in matmul_avx512_row.h.
 template <int BITS, int Q, int AHEAD>
 LGQ_INLINE void fetch_share(const uint8_t *next) {
   constexpr int lines = AHEAD == 0 ? 0 : kVectorsPerBlock * BITS / (AHEAD == 0 ? 1 : AHEAD);

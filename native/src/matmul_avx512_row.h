@@ -19,10 +19,6 @@
 
 namespace {
 
-#if !defined(LGQ_INLINE)
-#define LGQ_INLINE static inline __attribute__((always_inline))
-#endif
-
 template <int SHIFT>
 LGQ_INLINE __m512i shift_right(__m512i v) {  // negative: left
   if constexpr (SHIFT > 0)
@@ -51,6 +47,9 @@ LGQ_INLINE void load_run(const uint8_t *codes, __m512i (&run)[kVectorsPerBlock])
   }
 }
 
+constexpr int kRowAhead = 2048;  // bytes
+
+// Into the second-level cache.
 LGQ_INLINE void fetch_run(const uint8_t *codes) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) _mm_prefetch(reinterpret_cast<const char *>(codes + v * 64), _MM_HINT_T1);
@@ -125,7 +124,7 @@ LGQ_INLINE void run_int8(const uint8_t *codes, const int32_t *x, __m512i (&acc)[
                          std::integer_sequence<int, F...>) {
   __m512i run[kVectorsPerBlock];
   load_run(codes + RUN * kRunBytes, run);
-  if constexpr (BITS == 8) fetch_run(codes + 2048);
+  if constexpr (BITS == 8) fetch_run(codes + kRowAhead);
   (field_int8<BITS, RUN, F>(run, x, acc), ...);
 }
 

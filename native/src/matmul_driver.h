@@ -227,8 +227,9 @@ struct Band {
 
   TileArgs tile(TileArgs args, const Activations &x, int64_t row, const Segment &segment, int64_t s) const {
     args.x = x.words_at(row, segment);
-    args.init = x.init + x.number_at(row, s);
-    args.scale = x.scale + x.number_at(row, s);
+    const int64_t number = x.number_at(row, s);
+    args.init = x.init + number;
+    args.scale = x.scale + number;
     args.totals = totals + (row - top) * kBlock;
     return args;
   }

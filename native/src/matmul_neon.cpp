@@ -11,8 +11,6 @@
 
 namespace {
 
-#define LGQ_INLINE static inline __attribute__((always_inline))
-
 // A vector of 16 outputs is four registers; `quarter` points to one.
 LGQ_INLINE uint32x4_t run_at(const uint8_t *quarter, int run) {
   return vreinterpretq_u32_u8(vld1q_u8(quarter + run * kRunBytes));

@@ -11,21 +11,7 @@
 namespace lgq {
 namespace {
 
-const SolverKernels &kernels() {
-  switch (active_isa()) {
-#if defined(LGQ_X86)
-    case Isa::avx2:
-      return kSolverAvx2;
-    case Isa::avx512:
-      return kSolverAvx512;
-#elif defined(LGQ_ARM64)
-    case Isa::neon:
-      return kSolverNeon;
-#endif
-    default:
-      return kSolverPortable;
-  }
-}
+const SolverKernels &kernels() { return LGQ_ACTIVE(kSolver); }
 
 // 2^20 columns: H alone would be 4 TiB, and no product of sizes below overflows.
 bool size_ok(int64_t n) { return n >= 1 && n <= int64_t{1} << 20; }
