@@ -10,7 +10,8 @@ from tests.oracles import correlated_problem, damped, gptq_columns, paper_scheme
 from lightgptq import native
 from lightgptq.core import grid as grids
 from lightgptq.core.grid import fit_grid
-from lightgptq.core.hessian import INVERSE_BASE, HessianFactor
+from lightgptq.core.hessian import HessianFactor
+from lightgptq.core.triangular import INVERSE_BASE
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import fit_grid_batch, gptq_batch, gptq_stacked
 from lightgptq.errors import QuantizationError

@@ -13,7 +13,7 @@ from tests.oracles import correlated_problem
 
 from lightgptq import QuantScheme, native
 from lightgptq.core import grid as grids
-from lightgptq.core import refine_torch, types
+from lightgptq.core import refine_torch
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import Correction
@@ -37,7 +37,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is done by operations that can be watched, in the pieces of a GPU."""
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(grids, "SEARCH_VALUES", grids.GPU_SEARCH_VALUES)
-    monkeypatch.setattr(types, "PANEL_VALUES", 1 << 12)
+    monkeypatch.setattr(grids, "PANEL_VALUES", 1 << 12)
     monkeypatch.setattr(refine_torch, "STRIP_ROWS", 1 << 30)
 
 

@@ -28,6 +28,7 @@ SEARCH_VALUES = 1 << 18  # weights searched at a time: the temporaries stay in a
 # On a GPU every step costs a launch, however few the weights: half a dozen temporaries of 32 MiB.
 GPU_SEARCH_VALUES = 1 << 23
 NATIVE_SEARCH_VALUES = 1 << 22  # bounds the candidates held: 24 of 8 bytes for every group
+PANEL_VALUES = 1 << 22  # dequantized at a time: a temporary of 16 MiB
 
 
 @dataclass
@@ -54,8 +55,10 @@ def check_weight(W: Tensor) -> None:
         raise QuantizationError(
             f"a weight must be a floating matrix (out, in), got {W.dtype} {tuple(W.shape)}"
         )
-    bad = int((~torch.isfinite(W)).sum())
-    if bad:
+    if not bool(torch.isfinite(W.sum(dtype=torch.float32))):  # a sum may also overflow, so they are counted then
+        bad = int((~torch.isfinite(W)).sum())
+        if bad == 0:
+            return
         raise QuantizationError(
             f"the weight {tuple(W.shape)} holds {bad} values that are NaN or infinite; repair the source"
         )
@@ -258,7 +261,26 @@ def quantize_to_grid(W: Tensor, grid: Grid, g_idx: Tensor, scheme: QuantScheme) 
     return codes.to(torch.uint8)
 
 
-def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor) -> Tensor:
-    """``scales[g_idx] * (codes - zeros[g_idx])``: float32 (out, in) from uint8 (out, in)."""
-    group = g_idx.long()
-    return codes.float().sub_(grid.zeros[group].t()).mul_(grid.scales[group].t())
+def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scales[g_idx] * (codes - zeros[g_idx])``, computed in float32 and rounded once: (out, in) from uint8 (out, in)."""
+    (out_features, in_features), groups = codes.shape, len(grid.scales)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    even, group = _are_neighbours(g_idx, groups), g_idx.long()
+    step = max(1, PANEL_VALUES // max(1, in_features))
+    for rows in (slice(start, start + step) for start in range(0, out_features, step)):
+        scales, zeros = (field[:, rows].t().float() for field in (grid.scales, grid.zeros))
+        panel = codes[rows].float()
+        if even:  # every group's numbers stand for its columns as they are
+            panel.view(len(panel), groups, -1).sub_(zeros.unsqueeze(2)).mul_(scales.unsqueeze(2))
+        else:
+            panel.sub_(zeros[:, group]).mul_(scales[:, group])
+        weight[rows] = panel
+    return weight
+
+
+def _are_neighbours(g_idx: Tensor, groups: int) -> bool:
+    """Whether the groups are runs of neighbours, all of one width; not asked on a GPU, which would have to wait."""
+    width, rest = divmod(len(g_idx), groups)
+    if g_idx.is_cuda or rest:
+        return False
+    return torch.equal(g_idx.int(), torch.arange(groups, dtype=torch.int32).repeat_interleave(width))

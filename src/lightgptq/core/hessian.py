@@ -18,6 +18,7 @@ from lightgptq import native
 from lightgptq.core.gram_cpu import GRAM_DTYPES, add_gram_cpu
 from lightgptq.core.grid import trivial_g_idx
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.triangular import cholesky_lower_, invert_lower_
 from lightgptq.errors import QuantizationError
 
 try:
@@ -26,7 +27,6 @@ except ImportError:  # Triton comes with PyTorch's GPU builds for Linux, and is 
     add_gram_triton = None  # type: ignore[assignment]
 
 PANEL = 512  # columns multiplied at a time: at 4096 inputs 9/16 of a full product
-INVERSE_BASE = 256  # triangles up to this size are inverted by one solve
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
 CHUNK_VALUES = 1 << 22  # activations converted to float32 at a time: 16 MiB
 LARGEST_DAMP = 1.0
@@ -292,17 +292,16 @@ def _damped_and_flipped(
 def _invert_factor(flipped: Tensor) -> tuple[Tensor, list[bool]]:
     """``U`` of ``flip(flipped)`` and whether it is one, for each of a batch (batch, in, in); overwrites its argument.
 
-    It is none where the matrix is not positive definite in float32. LAPACK works in place on column-major matrices,
+    It is none where the matrix is not positive definite in float32. Libraries work in place on column-major matrices,
     which a symmetric matrix's transpose is.
     """
     L, n = flipped.mT, flipped.shape[1]
-    info = torch.zeros(len(L), dtype=torch.int32, device=L.device)
-    torch.linalg.cholesky_ex(L, out=(L, info))
+    definite = cholesky_lower_(L)
     invert_lower_(
         L[0] if len(L) == 1 else L
     )  # products of a batch of one are slower: 5 % of it all at 3072 on a CPU
     fine = (
-        (info == 0)
+        definite
         & torch.isfinite(L.diagonal(dim1=1, dim2=2)).all(dim=1)
         & torch.isfinite(L.sum(dim=(1, 2)))
     )
@@ -311,20 +310,3 @@ def _invert_factor(flipped: Tensor) -> tuple[Tensor, list[bool]]:
         end = min(start + PANEL, n)
         U[:, start:end] = L[:, n - end : n - start].flip(1, 2)
     return U, fine.tolist()
-
-
-def invert_lower_(L: Tensor) -> None:
-    """``L <- L^-1`` in place, L (..., n, n) lower triangular: n^3/3 products, most of them in large matrix products.
-
-    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``; a solve with the identity takes three times as many.
-    """
-    n = L.shape[-1]
-    if n <= INVERSE_BASE:
-        eye = torch.eye(n, dtype=L.dtype, device=L.device)
-        L.copy_(torch.linalg.solve_triangular(L, eye, upper=False))
-        return
-    half = n // 2
-    A, B, C = L[..., :half, :half], L[..., half:, :half], L[..., half:, half:]
-    invert_lower_(A)
-    invert_lower_(C)
-    B.copy_((C @ (B @ A)).neg_())

@@ -28,6 +28,7 @@ from lightgptq.core.hessian import (
     dampings,
 )
 from lightgptq.core.mismatch_cpu import add_mismatch_cpu
+from lightgptq.core.triangular import cholesky_lower_, solve_cholesky
 from lightgptq.errors import QuantizationError
 
 try:
@@ -130,7 +131,7 @@ class Correction:
             own = "" if H is None else f", its own H {tuple(H.shape)}"
             raise QuantizationError(f"M is {tuple(M.shape)}{own} and H is for {in_features} inputs")
         self.M, self.factor, self.weighted = M, factor, weighted
-        self.U = None if H is None else _damped_cholesky(H, factor.damp)
+        self.L = None if H is None else _damped_cholesky(H, factor.damp)
         self.shared = self._solved(M) if rows > in_features and not weighted else None
 
     def target(self, W: Tensor, strength: float = 1.0) -> Tensor:
@@ -149,30 +150,26 @@ class Correction:
 
     def _solved(self, X: Tensor) -> Tensor:
         """``X (H + ridge I)^-1`` for X float32 (rows, in)."""
-        return (
-            _solved(X, self.factor) if self.U is None else torch.cholesky_solve(X.t(), self.U, upper=True).t()
-        )
+        return _solved(X, self.factor) if self.L is None else solve_cholesky(X, self.L)
 
 
 def _damped_cholesky(H: Tensor, damp: float) -> Tensor:
-    """Upper U with ``U^T U = H + ridge I``; inputs that are always 0, of which M holds nothing, get the ridge alone.
+    """Lower L with ``L L^T = H + ridge I``; inputs that are always 0, of which M holds nothing, get the ridge alone.
 
+    H      (in, in), of which what is on and above the diagonal is read
     ridge  ``damp`` of the live diagonal's mean, or the first multiple by 10 with which H can be factored
     """
-    diag = H.diagonal().clone()
+    diag = H.diagonal()
     live = diag[diag > 0]
     mean = float(live.mean()) if len(live) else 1.0
-    try:
-        for tried in dampings(damp):
-            H.diagonal().copy_(diag).add_(tried * mean)
-            U, info = torch.linalg.cholesky_ex(H, upper=True)
-            if int(info) == 0:
-                return U
-        raise QuantizationError(
-            f"H of the tokens that the original follows cannot be factored even with damping {LARGEST_DAMP}"
-        )
-    finally:
-        H.diagonal().copy_(diag)
+    for tried in dampings(damp):
+        L = H.clone().t()
+        L.diagonal().add_(tried * mean)
+        if bool(cholesky_lower_(L)):
+            return L
+    raise QuantizationError(
+        f"H of the tokens that the original follows cannot be factored even with damping {LARGEST_DAMP}"
+    )
 
 
 def _solved(X: Tensor, factor: HessianFactor) -> Tensor:

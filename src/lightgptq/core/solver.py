@@ -69,9 +69,11 @@ def gptq_stacked(
         if grid is None:
             grid = fit_grid(W, scheme, factor.importance())
         g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
+        ordered = W[:, factor.perm] if scheme.act_order else W
         codes_perm, row_loss = sweep(
-            W[:, factor.perm], factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size
+            ordered, factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size
         )
+        del ordered
     elif grid is not None:
         raise QuantizationError("a grid was given, but with static_groups=False the sweep finds its own")
     else:
@@ -148,8 +150,10 @@ def _finished(
     parts: Sequence[int],
 ) -> list[QuantizedWeight]:
     """The linears that the rows of W are made of, from codes in solving order: refined, with their losses."""
-    codes = torch.empty_like(codes_perm)
-    codes[:, factor.perm] = codes_perm
+    codes = codes_perm
+    if scheme.act_order:
+        codes = torch.empty_like(codes_perm)
+        codes[:, factor.perm] = codes_perm
     if scheme.refine > 0:
         if H is None:
             raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
@@ -179,8 +183,10 @@ def _stand_in_loss(W: Tensor, codes: Tensor, grid: Grid, g_idx: Tensor, factor: 
 
 def _undamped_loss(D: Tensor, row_loss: Tensor, factor: HessianFactor) -> float:
     """``sum |e|^2`` less what damping and the dead inputs' stand-in diagonal put into it."""
-    energy = D.square().sum(dim=0, dtype=torch.float64)
-    extra = factor.ridge * energy.sum() + factor.mean * energy[factor.dead].sum()
+    energy, of_dead = (
+        torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in (D, D[:, factor.dead])
+    )
+    extra = factor.ridge * energy + factor.mean * of_dead
     return max(0.0, float(row_loss.sum(dtype=torch.float64) - extra))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PANEL_VALUES = 1 << 22  # dequantized at a time: three temporaries of 16 MiB
+from lightgptq.core.grid import Grid, dequantize_codes
 
 
 @dataclass
@@ -33,11 +33,4 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in) that inference sees, computed in float32 and rounded once to ``dtype``."""
-        group, (out_features, in_features) = self.g_idx.long(), self.codes.shape
-        weight = torch.empty(out_features, in_features, dtype=dtype, device=self.codes.device)
-        step = max(1, PANEL_VALUES // in_features)
-        for rows in (slice(start, start + step) for start in range(0, out_features, step)):
-            zeros = self.zeros[:, rows].float().index_select(0, group)  # (in, rows)
-            panel = self.codes[rows].t().float().sub_(zeros)
-            weight[rows] = panel.mul_(self.scales[:, rows].float().index_select(0, group)).t()
-        return weight
+        return dequantize_codes(self.codes, Grid(self.scales, self.zeros), self.g_idx, dtype)
