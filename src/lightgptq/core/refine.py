@@ -37,16 +37,17 @@ def refine(
 ) -> tuple[Tensor, Grid, Tensor]:
     """Codes and grid whose loss is at or below the one given, row by row.
 
-    All scales are refitted jointly, since where inputs have much in common a group's own scale cannot tell what its
-    neighbours will do. One round then re-solves shuffled blocks of columns, so that columns meet that no group brings
-    together, and every group with its scale; it takes about two products ``W H``, the refit about as much.
+    One round re-solves shuffled blocks of columns, so that columns meet that no group brings together, and every group
+    with its scale; it takes about two products ``W H``. Before more than one all scales are refitted jointly for about
+    as much: where inputs have much in common a group's own scale cannot tell what its neighbours will do. That gains at
+    two bits only, where one round is not enough either.
 
     W       float32 (out, in), what the codes stand for
     H       float32 (in, in)
     codes   uint8 (out, in), not modified
     grid    not modified
     g_idx   int32 (in,)
-    rounds  how many, after the one refit
+    rounds  how many
     ridge   added to the diagonal of H, in H's unit: what the sweep was damped with
 
     Returns codes uint8 (out, in), a grid with float16 scales, and by how much each row's loss (with the ridge) fell,
@@ -57,8 +58,10 @@ def refine(
     generator = torch.Generator().manual_seed(0)
     members = (torch.nonzero(g_idx == group).flatten() for group in range(len(grid.scales)))
     groups = column_blocks(H, members, scheme, groups=True)
-    grid, gained = refit_scales(W, H, codes, grid, g_idx)
-    W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales, grid.zeros.clone())
+    W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())
+    gained = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    if rounds > 1:
+        grid, gained = refit_scales(W, H, codes, grid, g_idx)
     for _ in range(rounds):
         if W.shape[1] > BLOCK_COLUMNS:
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
