@@ -11,9 +11,9 @@ from lightgptq import native
 from lightgptq.core import grid as grids
 from lightgptq.core.grid import fit_grid
 from lightgptq.core.hessian import HessianFactor
-from lightgptq.core.triangular import INVERSE_BASE
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import fit_grid_batch, gptq_batch, gptq_stacked
+from lightgptq.core.triangular import INVERSE_BASE
 from lightgptq.errors import QuantizationError
 
 OUT, IN, PARTS = 30, 45, (8, 21, 1)

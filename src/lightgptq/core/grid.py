@@ -55,7 +55,9 @@ def check_weight(W: Tensor) -> None:
         raise QuantizationError(
             f"a weight must be a floating matrix (out, in), got {W.dtype} {tuple(W.shape)}"
         )
-    if not bool(torch.isfinite(W.sum(dtype=torch.float32))):  # a sum may also overflow, so they are counted then
+    if not bool(
+        torch.isfinite(W.sum(dtype=torch.float32))
+    ):  # a sum may also overflow, so they are counted then
         bad = int((~torch.isfinite(W)).sum())
         if bad == 0:
             return
@@ -262,7 +264,7 @@ def quantize_to_grid(W: Tensor, grid: Grid, g_idx: Tensor, scheme: QuantScheme) 
 
 
 def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scales[g_idx] * (codes - zeros[g_idx])``, computed in float32 and rounded once: (out, in) from uint8 (out, in)."""
+    """``scales[g_idx] * (codes - zeros[g_idx])``, in float32 and rounded once: (out, in) from uint8 (out, in)."""
     (out_features, in_features), groups = codes.shape, len(grid.scales)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
     even, group = _are_neighbours(g_idx, groups), g_idx.long()

@@ -301,9 +301,7 @@ def _invert_factor(flipped: Tensor) -> tuple[Tensor, list[bool]]:
         L[0] if len(L) == 1 else L
     )  # products of a batch of one are slower: 5 % of it all at 3072 on a CPU
     fine = (
-        definite
-        & torch.isfinite(L.diagonal(dim1=1, dim2=2)).all(dim=1)
-        & torch.isfinite(L.sum(dim=(1, 2)))
+        definite & torch.isfinite(L.diagonal(dim1=1, dim2=2)).all(dim=1) & torch.isfinite(L.sum(dim=(1, 2)))
     )
     U = torch.empty(L.shape, dtype=L.dtype, device=L.device)
     for start in range(0, n, PANEL):

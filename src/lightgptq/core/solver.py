@@ -70,9 +70,7 @@ def gptq_stacked(
             grid = fit_grid(W, scheme, factor.importance())
         g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
         ordered = W[:, factor.perm] if scheme.act_order else W
-        codes_perm, row_loss = sweep(
-            ordered, factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size
-        )
+        codes_perm, row_loss = sweep(ordered, factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size)
         del ordered
     elif grid is not None:
         raise QuantizationError("a grid was given, but with static_groups=False the sweep finds its own")

@@ -1,7 +1,7 @@
 """Cholesky factor, triangular inverse and solve, nearly all of them large matrix products.
 
-On a CPU LAPACK's own reach a third to two thirds of the matrix product's rate. Here it only sees panels, and no product
-is with a triangle's zeros. A GPU's libraries do as well by themselves and pay for every launch.
+On a CPU LAPACK's own reach half to three quarters of the matrix product's rate. Here it only sees panels, and nothing
+multiplies the zeros of a triangle. A GPU's libraries do as well by themselves, and every launch costs there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cholesky_lower_(A: Tensor) -> Tensor:
 
 
 def invert_lower_(L: Tensor) -> None:
-    """``L <- L^-1`` in place, L (..., n, n) lower triangular: n^3/3 operations, where a solve with I takes three times that.
+    """``L <- L^-1`` in place, L (..., n, n) lower triangular: n^3/3 operations, a solve with I takes thrice as many.
 
     ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``
     """
