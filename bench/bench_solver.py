@@ -352,9 +352,7 @@ def bench_layer(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
         accumulator = HessianAccumulator(in_features)
         accumulator.add(X)
         H = accumulator.finish()
-        timed = HessianAccumulator(
-            in_features
-        )  # adding to the one that is solved with would break its symmetry
+        timed = HessianAccumulator(in_features)  # adding to the one above would break H's symmetry
         runs: dict[str, Callable[[], Any]] = {"hessian": lambda: timed.add(X)}  # noqa: B023
         for name, scheme in schemes.items():
             runs[name] = lambda scheme=scheme: gptq(W, HessianFactor.build(H, scheme), scheme)  # noqa: B023

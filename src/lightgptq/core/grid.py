@@ -55,12 +55,10 @@ def check_weight(W: Tensor) -> None:
         raise QuantizationError(
             f"a weight must be a floating matrix (out, in), got {W.dtype} {tuple(W.shape)}"
         )
-    if not bool(
-        torch.isfinite(W.sum(dtype=torch.float32))
-    ):  # a sum may also overflow, so they are counted then
-        bad = int((~torch.isfinite(W)).sum())
-        if bad == 0:
-            return
+    # A sum of finite values may overflow as well, so only the count decides.
+    summed = bool(torch.isfinite(W.sum(dtype=torch.float32)))
+    bad = 0 if summed else int((~torch.isfinite(W)).sum())
+    if bad:
         raise QuantizationError(
             f"the weight {tuple(W.shape)} holds {bad} values that are NaN or infinite; repair the source"
         )
