@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
         "version",
     },
+    "rotation": {"errors", "core", "checkpoint", "companions", "layouts", "skeleton", "quantization"},
     "once": set(),
     "loading": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "skeleton", "sources"),

@@ -20,6 +20,8 @@ from lightgptq.loading.registration import register, unregister
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.job import quantize
 from lightgptq.quantization.report import QuantReport
+from lightgptq.rotation.job import rotate
+from lightgptq.rotation.run import RotationReport
 from lightgptq.version import __version__
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "QuantLinear",
     "QuantReport",
     "QuantScheme",
+    "RotationReport",
     "__version__",
     "compare",
     "evaluate",
@@ -42,5 +45,6 @@ __all__ = [
     "push_to_hub",
     "quantize",
     "register",
+    "rotate",
     "unregister",
 ]

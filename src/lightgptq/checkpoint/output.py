@@ -68,6 +68,11 @@ class OutputFolder:
                     path.unlink()
             self.staging.mkdir(exist_ok=True)
 
+    def abandon(self) -> None:
+        """Remove OUT.partial: nothing of it is of use to a later run."""
+        with disk_errors(self.partial):
+            shutil.rmtree(self.partial)
+
     def publish(self) -> None:
         """Rename the staged folder to OUT, then remove OUT.partial.
 

@@ -13,7 +13,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from lightgptq.cli import compare, evaluate, export, generate, info, push, quantize
+from lightgptq.cli import compare, evaluate, export, generate, info, push, quantize, rotate
 from lightgptq.errors import LightGPTQError, UsageError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
 app.command("quantize")(quantize.command)
+app.command("rotate")(rotate.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
@@ -51,7 +52,7 @@ def run(arguments: list[str]) -> int:
     except WrongUsage as error:
         return _fail(f"{_sentence(error)}; try --help", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command goes on from the last finished block", 1)
+        return _fail("interrupted; quantize goes on from its last finished block when it is started again", 1)
     except UsageError as error:
         return _fail(str(error), 2, debug)
     except (LightGPTQError, OSError, MemoryError) as error:

@@ -177,6 +177,12 @@ class BlockInput:
         """The hidden states: the first floating tensor among positional, then keyword arguments."""
         return first_floating(self.args, self.kwargs)
 
+    def with_hidden(self, hidden: Tensor) -> BlockInput:
+        """The same call with other hidden states."""
+        old = self.hidden()
+        args = tuple(hidden if value is old else value for value in self.args)
+        return BlockInput(args, {n: hidden if value is old else value for n, value in self.kwargs.items()})
+
     def share_with(self, other: BlockInput) -> None:
         """Use ``other``'s tensors wherever they hold the same values, so that masks exist once for all batches."""
         mine, spec = pytree.tree_flatten((self.args, self.kwargs))

@@ -14,7 +14,7 @@ class Progress:
 
     block   position of the decoder block at work, from 0; equal to ``blocks`` at the output head and while finishing
     blocks  how many there are
-    stage   "resume", "sample", "read", "probe", "solve", "tune", "distill", "copy" or "publish"
+    stage   "resume", "sample", "read", "probe", "solve", "tune", "distill", "rotate", "copy" or "publish"
     record  the module that has just been solved, with stage "solve"
     note    a sentence for the user, or None
     part    with stages "tune" (of the block) and "distill" (of the model): steps that are done, and all
