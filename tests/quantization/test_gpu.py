@@ -144,3 +144,21 @@ def test_the_peak_stays_below_the_limit_and_what_was_planned(windows: Calibratio
     assert tight.peak_device_bytes is not None
     assert tight.peak_device_bytes <= limit
     assert contents(tmp_path / "roomy") == contents(tmp_path / "tight")
+
+
+def test_training_runs_and_lowers_the_divergence(windows: CalibrationSet, tmp_path: Path) -> None:
+    source = save(randomise_llama(llama()), tmp_path / "source")
+    out = {}
+    for steps in (0, 20):
+        out[steps] = tmp_path / f"steps-{steps}"
+        scheme = QuantScheme(bits=2, group_size=32, mismatch=1.0, refine=1, tune=min(steps, 4))
+        quantize(source, out[steps], windows, scheme, device="cuda", distill=steps)
+    text = lightgptq.CalibrationSet(windows.input_ids, "the windows", len(windows.input_ids))
+    with torch.no_grad():
+        logits = {
+            name: lightgptq.load(folder, device="cuda", dtype="float32")(text.input_ids.cuda()).logits
+            for name, folder in {"original": source, **{str(k): v for k, v in out.items()}}.items()
+        }
+    wanted = logits["original"].log_softmax(-1)
+    lost = {k: float((wanted.exp() * (wanted - logits[str(k)].log_softmax(-1))).sum(-1).mean()) for k in out}
+    assert lost[20] < lost[0]

@@ -265,7 +265,8 @@ def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor, dtype: torch.dtyp
     """``scales[g_idx] * (codes - zeros[g_idx])``, in float32 and rounded once: (out, in) from uint8 (out, in)."""
     (out_features, in_features), groups = codes.shape, len(grid.scales)
     weight = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
-    even, group = _are_neighbours(g_idx, groups), g_idx.long()
+    # Not asked on a GPU, which would have to wait for the answer.
+    even, group = not g_idx.is_cuda and are_neighbours(g_idx, groups), g_idx.long()
     step = max(1, PANEL_VALUES // max(1, in_features))
     for rows in (slice(start, start + step) for start in range(0, out_features, step)):
         scales, zeros = (field[:, rows].t().float() for field in (grid.scales, grid.zeros))
@@ -278,9 +279,9 @@ def dequantize_codes(codes: Tensor, grid: Grid, g_idx: Tensor, dtype: torch.dtyp
     return weight
 
 
-def _are_neighbours(g_idx: Tensor, groups: int) -> bool:
-    """Whether the groups are runs of neighbours, all of one width; not asked on a GPU, which would have to wait."""
+def are_neighbours(g_idx: Tensor, groups: int) -> bool:
+    """Whether the groups of g_idx (in,) are runs of neighbours, all of one width."""
     width, rest = divmod(len(g_idx), groups)
-    if g_idx.is_cuda or rest:
-        return False
-    return torch.equal(g_idx.int(), torch.arange(groups, dtype=torch.int32).repeat_interleave(width))
+    return not rest and torch.equal(
+        g_idx.cpu().int(), torch.arange(groups, dtype=torch.int32).repeat_interleave(width)
+    )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightgptq.core.grid import round_scales
+from lightgptq.core.grid import are_neighbours, round_scales
 from lightgptq.core.types import QuantizedWeight
 
 EDGE = 0.45  # furthest that a position starts from its code: half a step away it would flip at once
@@ -24,12 +24,20 @@ class TrainableWeight(nn.Module):
     rounding  whether positions are trained; without them only scales are
     """
 
+    group: Tensor
+    zeros: Tensor
+    start: Tensor
+
     def __init__(self, q: QuantizedWeight, original: Tensor | None = None, *, rounding: bool = True) -> None:
         super().__init__()
-        self.group = q.g_idx.long()
         self.max_code = (1 << q.bits) - 1
-        self.zeros = q.zeros.float()
-        self.start = q.scales.float()
+        self.neighbours = are_neighbours(q.g_idx, len(q.scales))
+        for name, value in {
+            "group": q.g_idx.long(),
+            "zeros": q.zeros.float(),
+            "start": q.scales.float(),
+        }.items():
+            self.register_buffer(name, value, persistent=False)  # so that they move with the parameters
         position = q.codes.float()
         if rounding and original is not None:
             step = self.start[self.group].t()
@@ -43,7 +51,11 @@ class TrainableWeight(nn.Module):
         if codes.requires_grad:
             rounded = codes.detach().round().clamp_(0, self.max_code)
             codes = codes + (rounded - codes.detach())
-        return (codes - self.zeros[self.group].t()) * (self.start * self.ratio)[self.group].t()
+        scales = self.start * self.ratio
+        if not self.neighbours:
+            return (codes - self.zeros[self.group].t()) * scales[self.group].t()
+        grouped = codes.unflatten(1, (len(scales), -1))  # a gather's way back adds up one number at a time
+        return ((grouped - self.zeros.t().unsqueeze(2)) * scales.t().unsqueeze(2)).flatten(1)
 
     @torch.no_grad()
     def project(self) -> None:

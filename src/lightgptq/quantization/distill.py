@@ -216,8 +216,11 @@ class Distillation:
 
 
 def _keep(variables: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """In the variables' own layout, which fused Adam takes for granted."""
     for variable, gradient in zip(variables, gradients, strict=False):
-        variable.grad = torch.zeros_like(variable) if gradient is None else gradient
+        variable.grad = torch.zeros_like(variable)
+        if gradient is not None:
+            variable.grad.copy_(gradient)
 
 
 def output_head(skeleton: ModelSkeleton) -> tuple[str, nn.Linear]:
