@@ -286,6 +286,19 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
         layer_types=["sliding_attention"] * 4 + ["full_attention"],
         activation_sparsity_pattern=[0.0] * 5,
     ),
+    # the last blocks have no keys and values of their own, but those that earlier ones leave for them
+    "gemma3n-shared": _build(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        **{**_USUAL, "num_hidden_layers": 5},
+        head_dim=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
+        activation_sparsity_pattern=[0.0] * 5,
+    ),
     # buffers that the model computes for its layers
     "falcon-h1": _build(
         "FalconH1ForCausalLM",

@@ -8,6 +8,7 @@ door of block k. Masks, position embeddings and the like come out as the model's
 from __future__ import annotations
 
 import itertools
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,6 +184,11 @@ class BlockInput:
         args = tuple(hidden if value is old else value for value in self.args)
         return BlockInput(args, {n: hidden if value is old else value for n, value in self.kwargs.items()})
 
+    def guarded(self, block: str) -> BlockInput:
+        """The same call with `LeftByOthers` in the place of every empty mapping, for `LeftStates` to fill."""
+        named = {name: _guarded(value, name, block) for name, value in self.kwargs.items()}
+        return BlockInput(tuple(_guarded(value, "an argument", block) for value in self.args), named)
+
     def share_with(self, other: BlockInput) -> None:
         """Use ``other``'s tensors wherever they hold the same values, so that masks exist once for all batches."""
         mine, spec = pytree.tree_flatten((self.args, self.kwargs))
@@ -200,6 +206,25 @@ def first_floating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise UnsupportedModelError("a block was called without hidden states")
+
+
+class LeftByOthers(dict[Any, Any]):
+    """An empty mapping that goes from block to block: what is wanted of it an earlier block would have left there."""
+
+    def __init__(self, name: str, block: str) -> None:
+        super().__init__()
+        self.name, self.block = name, block
+
+    def __missing__(self, key: Any) -> Any:
+        raise UnsupportedModelError(
+            f"{self.block} wants {key!r} of {self.name}, which an earlier block leaves there (shared keys and "
+            "values?); this cannot be done to such a model yet"
+        )
+
+
+def _guarded(value: Any, name: str, block: str) -> Any:
+    empty = isinstance(value, (dict, UserDict)) and not value
+    return LeftByOthers(name, block) if empty else value
 
 
 class _Door(BaseException):
@@ -260,7 +285,7 @@ class BlockWalk:
 
             def stub(*args: Any, **kwargs: Any) -> Any:
                 if stop and block.index == index:
-                    raise _Door(BlockInput(args, kwargs))
+                    raise _Door(BlockInput(args, kwargs).guarded(block.name))
                 assert output is not None
                 return output.give(first_floating(args, kwargs) if passed is None else passed)
 

@@ -146,6 +146,10 @@ def check_distillable(
         raise UnsupportedModelError(
             f"end-to-end tuning needs a model of one stack of blocks, {kind} has two; give --distill 0"
         )
+    if getattr(skeleton.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"end-to-end tuning does not follow keys and values that blocks share, as {kind} does; give --distill 0"
+        )
     output_head(skeleton)
     if options.sampled and extras:
         raise UsageError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightgptq.quantization.activations import ActivationStore
 from lightgptq.quantization.blocks import BlockInput, BlockOutput, BlockWalk, DecoderBlock
 from lightgptq.quantization.inputs import forward_arguments
+from lightgptq.quantization.left_states import LeftStates
 from lightgptq.quantization.timing import stage
 from lightgptq.quantization.workfolder import WorkFolder
 from lightgptq.skeleton import ModelSkeleton
@@ -38,6 +39,7 @@ class CalibrationFlow:
         self.extras = extras or [{} for _ in batches]
         self.walk = BlockWalk(skeleton.model, blocks)
         self.folder: WorkFolder | None = None
+        self.left: LeftStates | None = None
         self.store: ActivationStore | None = None  # what left the last finished block of the present stack
         self.ended: dict[
             int, ActivationStore
@@ -50,6 +52,8 @@ class CalibrationFlow:
     def begin(self, folder: WorkFolder, last: int) -> None:
         """Start before block ``last + 1``, from the files that block ``last`` left (-1: from the embeddings)."""
         self.folder = folder
+        self.left = LeftStates(folder.path, self.name, self.skeleton.device)
+        self.left.end(last)
         for block in self.walk.blocks[: last + 1]:
             if self.walk.ends_stack(block):
                 self._end_stack(block, *folder.load_pattern(self.name, block.index))
@@ -70,6 +74,8 @@ class CalibrationFlow:
         ``keep`` False.
         """
         assert self.folder is not None
+        assert self.left is not None
+        left = self.left
         first: BlockInput | None = None
         windows = 0  # in the batch that came first
         pattern: BlockOutput | None = None
@@ -79,6 +85,7 @@ class CalibrationFlow:
             nonlocal first, windows
             hidden, ended = self._hidden(index, keep), self._ended(index)
             entered = self.walk.enter(block.index, self.call(index), hidden, ended)
+            left.give(index, entered)
             if first is None:
                 first, windows = BlockInput(entered.args, entered.kwargs), len(self.batches[index])
             else:
@@ -98,6 +105,7 @@ class CalibrationFlow:
             if self.store is not None:
                 following.device_bytes += self.store.drop(index)
             following.write(index, pattern.take(returned))
+            left.take(index, block.index)
 
         try:
             yield inputs, output
@@ -108,6 +116,7 @@ class CalibrationFlow:
                 self.store, self.walk.output = following, pattern
                 if self.walk.ends_stack(block):
                     self._end_stack(block, following, pattern)
+            left.end(block.index if keep else None)
         finally:
             if following is not None and following not in (self.store, *self.ended.values()):
                 following.close()

@@ -85,7 +85,7 @@ class WorkFolder:
         """
         kept = set(ended)
         for path in self.path.glob("*-*.*"):
-            if path.suffix in (".activations", ".pattern", ".tmp"):
+            if path.suffix in (".activations", ".pattern", ".left", ".tmp"):
                 number = int(path.stem.rpartition("-")[2])
                 if number < block and number not in kept:
                     path.unlink()
