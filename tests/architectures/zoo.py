@@ -229,6 +229,22 @@ STACKS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+
+def _gemma3n(layer_types: list[str], num_kv_shared_layers: int = 0) -> Callable[[], PreTrainedModel]:
+    return _build(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        **{**_USUAL, "num_hidden_layers": 5},
+        head_dim=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        num_kv_shared_layers=num_kv_shared_layers,
+        layer_types=layer_types,
+        activation_sparsity_pattern=[0.0] * 5,
+    )
+
+
 # Beyond what is asked for: layouts and habits that the others do not have.
 MORE: dict[str, Callable[[], PreTrainedModel]] = {
     # a shared expert behind a gate of one output
@@ -274,30 +290,11 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
         head_dim=16,
     ),
     # hidden states with a dimension before the windows
-    "gemma3n": _build(
-        "Gemma3nForCausalLM",
-        "Gemma3nTextConfig",
-        **{**_USUAL, "num_hidden_layers": 5},
-        head_dim=16,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size_per_layer_input=8,
-        laurel_rank=8,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention"] * 4 + ["full_attention"],
-        activation_sparsity_pattern=[0.0] * 5,
-    ),
+    "gemma3n": _gemma3n(["sliding_attention"] * 4 + ["full_attention"]),
     # the last blocks have no keys and values of their own, but those that earlier ones leave for them
-    "gemma3n-shared": _build(
-        "Gemma3nForCausalLM",
-        "Gemma3nTextConfig",
-        **{**_USUAL, "num_hidden_layers": 5},
-        head_dim=16,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size_per_layer_input=8,
-        laurel_rank=8,
+    "gemma3n-shared": _gemma3n(
+        ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
         num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
-        activation_sparsity_pattern=[0.0] * 5,
     ),
     # buffers that the model computes for its layers
     "falcon-h1": _build(

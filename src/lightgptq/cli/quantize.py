@@ -53,7 +53,7 @@ class Format(str, Enum):
 
 
 class Dtype(str, Enum):
-    """Arithmetic of the blocks while calibrating."""
+    """Floating-point types by name; ``auto`` is the model's own."""
 
     auto = "auto"
     float32 = "float32"

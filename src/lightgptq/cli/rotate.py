@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import Enum
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from lightgptq.cli.output import show_json
-from lightgptq.cli.quantize import ProgressDisplay
+from lightgptq.cli.quantize import Dtype, ProgressDisplay
 from lightgptq.rotation.job import rotate
 from lightgptq.rotation.run import RotationReport
-
-
-class Dtype(str, Enum):
-    """What the rotated weights are stored in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def command(

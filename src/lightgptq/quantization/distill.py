@@ -218,9 +218,11 @@ class Distillation:
 def _keep(variables: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """In the variables' own layout, which fused Adam takes for granted."""
     for variable, gradient in zip(variables, gradients, strict=False):
-        variable.grad = torch.zeros_like(variable)
-        if gradient is not None:
-            variable.grad.copy_(gradient)
+        if gradient is None:
+            gradient = torch.zeros_like(variable)
+        elif gradient.stride() != variable.stride():
+            gradient = torch.empty_like(variable).copy_(gradient)
+        variable.grad = gradient
 
 
 def output_head(skeleton: ModelSkeleton) -> tuple[str, nn.Linear]:

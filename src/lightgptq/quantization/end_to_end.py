@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightgptq.errors import UnsupportedModelError, UsageError
+from lightgptq.quantization import durable
 from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.distill import Distillation, DistillOptions, output_head
@@ -58,11 +58,7 @@ class EndToEnd:
         with stage("sample"):
             prompts = first_tokens(self.skeleton, self.windows.input_ids, self.options.sampled)
             drawn = sample_windows(self.skeleton, prompts, self.windows.seq_len, self.options.seed)
-        temporary = path.with_suffix(".tmp")
-        torch.save(drawn, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        durable.save(drawn, path)
 
     def train(self, stored: StoredWeights, room: int, progress: Callable[[int, float], None]) -> None:
         """Train, and write what was reached in the place of what was stored.

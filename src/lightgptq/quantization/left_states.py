@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightgptq.quantization import durable
 from lightgptq.quantization.blocks import BlockInput, LeftByOthers
 
 Left = dict[str, dict[Any, Any]]  # name of the mapping's argument -> its content
@@ -51,15 +52,11 @@ class LeftStates:
         if not left:
             return
         path = self._path(block, index)
-        temporary = path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
         if _same(left, given):
-            os.link(self._path(self.block, index), temporary)
+            path.unlink(missing_ok=True)  # of a run that was killed in this block
+            os.link(self._path(self.block, index), path)
         else:
-            torch.save(pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().contiguous(), left), temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.rename(path)
+            durable.save(pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().contiguous(), left), path)
 
     def end(self, block: int | None) -> None:
         """Leave a block; its files hold the state from now on, with None those of the block before still do."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lightgptq.core.trainable import TrainableWeight
 from lightgptq.core.types import QuantizedWeight
+from lightgptq.quantization import durable
 from lightgptq.quantization.stored import StoredWeights
 from lightgptq.quantization.timing import stage
 
@@ -108,7 +108,6 @@ class Student:
     def save(self) -> None:
         """Write the state; a training that is killed afterwards goes on from here."""
         started = time.perf_counter()
-        temporary = self.state.with_suffix(".tmp")
         positions = {name: one.position.detach() for name, one in self._weights.items()} if self.codes else {}
         state = {
             "step": self.step,
@@ -117,10 +116,7 @@ class Student:
             "positions": positions,
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.rename(self.state)
+        durable.save(state, self.state)
         self._saved = time.perf_counter()
         self._pause = max(SAVE_SECONDS, 20 * (self._saved - started))
 

@@ -200,7 +200,6 @@ def _handed_on(again: Any, returned: Any, slot: int) -> float:
     """How far two outputs of a block differ in what is not the stream (values for later blocks, say); relative."""
     pairs = zip(pytree.tree_leaves(again), pytree.tree_leaves(returned), strict=True)
     tensors = [(a, b) for i, (a, b) in enumerate(pairs) if i != slot and isinstance(a, Tensor)]
-    others = [
-        (a.float(), b.float()) for a, b in tensors if not torch.equal(a, b)
-    ]  # equal ones may be infinite
+    # Equal ones may be infinite.
+    others = [(a.float(), b.float()) for a, b in tensors if not torch.equal(a, b)]
     return max((float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in others), default=0.0)
