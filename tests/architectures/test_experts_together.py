@@ -82,7 +82,7 @@ def assert_alike(one: QuantReport, two: QuantReport) -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    [SCHEME, SCHEME.with_overrides({"mismatch": 1.0, "refine": 1, "sym": False})],
+    [SCHEME, SCHEME.with_overrides({"mismatch": 1.0, "refine": 2, "sym": False})],
     ids=["fast", "balanced"],
 )
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])

@@ -20,7 +20,7 @@ from lightgptq.quantization.progress import Progress
 
 NAME = "gemma3n-shared"
 PLAIN = QuantScheme(group_size=32)
-CORRECTED = QuantScheme(group_size=32, mismatch=1.0, mismatch_every=2, refine=1)
+CORRECTED = QuantScheme(group_size=32, mismatch=1.0, mismatch_every=2, refine=2)
 
 
 @pytest.fixture(autouse=True)

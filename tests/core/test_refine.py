@@ -18,19 +18,21 @@ from lightgptq.errors import QuantizationError
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("group_size", [-1, 32, 13])
 @pytest.mark.parametrize("sym", [False, True])
-@pytest.mark.parametrize("static_groups", [False, True])
-def test_no_row_gets_worse_and_the_layer_gets_better(bits, group_size, sym, static_groups):
+@pytest.mark.parametrize(("static_groups", "passes"), [(False, 4), (True, 4), (True, 1), (True, 2)])
+def test_no_row_gets_worse_and_the_layer_gets_better(bits, group_size, sym, static_groups, passes):
     scheme = QuantScheme(bits=bits, group_size=group_size, sym=sym, static_groups=static_groups)
     W, H = correlated_problem(24, 150, seed=bits, dead=2)
     factor = HessianFactor.build(H, scheme)
     q = gptq(W, factor, scheme)
-    better = gptq(W, factor, scheme.with_overrides({"refine": 2}), H=H)
+    better = gptq(W, factor, scheme.with_overrides({"refine": passes}), H=H)
     # The refined objective is the damped one (dead inputs carry the ridge alone).
     Hd = H.double() + factor.ridge * torch.eye(150, dtype=torch.float64)
     before, after = row_losses(W, q.dequantize(), Hd), row_losses(W, better.dequantize(), Hd)
     # A step is taken when its float32 gain is positive: 150 columns' roundings of 2^-24 each.
     assert (after <= before * (1 + 1e-4)).all(), f"worst row grew to {float((after / before).max()):.6f}"
-    assert float(after.sum()) < 0.97 * float(before.sum())
+    # One pass over a row that is one group solves again what the sweep solved, and only moves the scale.
+    share = 0.97 if passes > 1 else 0.99 if group_size > 0 else 1.0
+    assert float(after.sum()) < share * float(before.sum())
     assert torch.equal(better.g_idx, q.g_idx)
     assert int(better.codes.max()) <= scheme.max_code
     assert (better.zeros >= 1).all()
@@ -57,7 +59,7 @@ def test_refitted_scales_are_the_least_squares_ones(group_size):
 
 
 def test_result_does_not_depend_on_the_other_rows():
-    scheme = QuantScheme(bits=3, group_size=32, refine=1)
+    scheme = QuantScheme(bits=3, group_size=32, refine=2)
     W, H = correlated_problem(12, 64, seed=1)
     factor = HessianFactor.build(H, scheme)
     whole = gptq(W, factor, scheme, H=H)
@@ -67,7 +69,7 @@ def test_result_does_not_depend_on_the_other_rows():
 
 
 def test_dead_columns_stay_at_the_nearest_code():
-    scheme = QuantScheme(bits=4, group_size=16, refine=1)
+    scheme = QuantScheme(bits=4, group_size=16, refine=2)
     W, H = correlated_problem(10, 32, seed=6, dead=4)
     q = gptq(W, HessianFactor.build(H, scheme), scheme, H=H)
     error = (W - q.dequantize())[:, H.diagonal() == 0].abs()
@@ -89,6 +91,6 @@ def test_inputs_are_not_modified():
     q = gptq(W, HessianFactor.build(H, scheme), scheme)
     grid, g_idx = fit_grid(W, scheme), trivial_g_idx(32, scheme)
     kept = [t.clone() for t in (W, H, q.codes, grid.scales, grid.zeros)]
-    refine(W, H, q.codes, grid, g_idx, scheme, rounds=1, ridge=float(damped(H, 0.01)[0, 0] - H[0, 0]))
+    refine(W, H, q.codes, grid, g_idx, scheme, passes=2, ridge=float(damped(H, 0.01)[0, 0] - H[0, 0]))
     for tensor, copy in zip((W, H, q.codes, grid.scales, grid.zeros), kept, strict=True):
         assert torch.equal(tensor, copy)

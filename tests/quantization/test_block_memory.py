@@ -28,7 +28,7 @@ from lightgptq.quantization.passes import BlockPass, Lane
 from lightgptq.quantization.together import Stacked, solve_together
 
 FAST = QuantScheme()
-BALANCED = QuantScheme(mismatch=1.0, refine=1)
+BALANCED = QuantScheme(mismatch=1.0, refine=2)
 PARTLY = BALANCED.with_overrides({"mismatch_every": 4})
 
 

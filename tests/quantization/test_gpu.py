@@ -42,7 +42,7 @@ def quantize(
     [
         SCHEME,
         QuantScheme(group_size=32, static_groups=False),
-        QuantScheme(group_size=32, mismatch=1.0, refine=1),
+        QuantScheme(group_size=32, mismatch=1.0, refine=2),
     ],
     ids=["fast", "dynamic", "balanced"],
 )
@@ -67,7 +67,7 @@ def test_losses_are_those_of_a_cpu(
 def test_the_same_inputs_give_the_same_bytes(
     model_folder: Callable[[str], Path], windows: CalibrationSet, tmp_path: Path
 ) -> None:
-    scheme = QuantScheme(group_size=32, mismatch=1.0, refine=1)
+    scheme = QuantScheme(group_size=32, mismatch=1.0, refine=2)
     for out in ("one", "two"):
         quantize(model_folder("llama"), tmp_path / out, windows, scheme, device="cuda")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -93,7 +93,7 @@ def test_where_activations_are_kept_changes_no_byte(
     assert contents(tmp_path / "plain") == contents(tmp_path / "placed")
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, QuantScheme(group_size=32, mismatch=1.0, refine=1)])
+@pytest.mark.parametrize("scheme", [SCHEME, QuantScheme(group_size=32, mismatch=1.0, refine=2)])
 def test_experts_are_solved_together_and_have_the_losses_of_a_cpu(
     scheme: QuantScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,7 @@ def test_training_runs_and_lowers_the_divergence(windows: CalibrationSet, tmp_pa
     out = {}
     for steps in (0, 20):
         out[steps] = tmp_path / f"steps-{steps}"
-        scheme = QuantScheme(bits=2, group_size=32, mismatch=1.0, refine=1, tune=min(steps, 4))
+        scheme = QuantScheme(bits=2, group_size=32, mismatch=1.0, refine=2, tune=min(steps, 4))
         quantize(source, out[steps], windows, scheme, device="cuda", distill=steps)
     text = lightgptq.CalibrationSet(windows.input_ids, "the windows", len(windows.input_ids))
     with torch.no_grad():

@@ -25,7 +25,7 @@ from lightgptq.quantization.solve import GroupSolver
 
 BATCHES = 4
 PLAIN = QuantScheme(bits=3, group_size=32)
-CORRECTED = QuantScheme(bits=3, group_size=32, mismatch=1.0, refine=1)
+CORRECTED = QuantScheme(bits=3, group_size=32, mismatch=1.0, refine=2)
 EVERY_THIRD = CORRECTED.with_overrides({"mismatch_every": 3})  # batches 0 and 3 of 4
 
 

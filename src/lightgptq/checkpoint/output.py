@@ -113,7 +113,7 @@ class OutputFolder:
         if self.out.is_dir():
             if any(self.out.iterdir()) and not self.replace:
                 raise CheckpointError(
-                    f"{self.out}: exists and is not empty; choose another folder or replace it"
+                    f"{self.out}: exists and is not empty; choose another folder, or remove this one first"
                 )
         elif self.out.exists():
             raise CheckpointError(f"{self.out}: is a file; choose a folder")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.errors import QuantizationError
 
 BLOCK_DAMP = 1e-4  # of the mean diagonal of H_BB, so that a block with repeated inputs can be factored
 Columns = Tensor | slice
@@ -30,16 +32,6 @@ class ColumnBlock:
     H: Tensor
     factor: HessianFactor
     group: int | None
-
-    @classmethod
-    def of(cls, H: Tensor, indices: Tensor, scheme: QuantScheme, group: int | None) -> ColumnBlock | None:
-        """None where every input of the block was always 0."""
-        columns = as_slice(indices)
-        H_BB = part_of(H, columns, columns).contiguous()
-        if not bool((H_BB.diagonal() > 0).any()):
-            return None
-        order = {"act_order": True, "group_aware": False, "damp": BLOCK_DAMP}
-        return cls(indices, H_BB, HessianFactor.build(H_BB, scheme.with_overrides(order)), group)
 
     @property
     def solving_order(self) -> Tensor:
@@ -70,9 +62,28 @@ def column_blocks(
     """A block for each of some columns, int64 (n,) in order, but those whose every input was always 0.
 
     groups  the pieces are the groups, in order; otherwise they are any columns
+
+    Raises QuantizationError where H of a block cannot be factored.
     """
-    built = (ColumnBlock.of(H, piece, scheme, at if groups else None) for at, piece in enumerate(pieces))
-    return [block for block in built if block is not None]
+    order = scheme.with_overrides({"act_order": True, "group_aware": False, "damp": BLOCK_DAMP})
+    live = [
+        (at, piece, H_BB) for at, piece in enumerate(pieces) if (H_BB := _live_part(H, piece)) is not None
+    ]
+    result = []
+    for _, alike in groupby(live, key=lambda one: len(one[1])):
+        found = list(alike)
+        factors = HessianFactor.build_batch([H_BB for _, _, H_BB in found], order)
+        for (at, piece, H_BB), factor in zip(found, factors, strict=True):
+            if isinstance(factor, QuantizationError):
+                raise factor
+            result.append(ColumnBlock(piece, H_BB, factor, at if groups else None))
+    return result
+
+
+def _live_part(H: Tensor, piece: Tensor) -> Tensor | None:
+    columns = as_slice(piece)
+    H_BB = part_of(H, columns, columns).contiguous()
+    return H_BB if bool((H_BB.diagonal() > 0).any()) else None
 
 
 def as_slice(columns: Tensor) -> Columns:

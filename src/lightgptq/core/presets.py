@@ -31,11 +31,12 @@ def order_fields(bits: int) -> dict[str, bool]:
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
     """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
 
-    ``fast``      the scale search alone, which eight bits are better without: the time of plain GPTQ.
+    ``fast``      the scale search, which eight bits are better without, and up to three bits one pass of refinement: about
+                  the time of plain GPTQ.
     ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
-                  since so few tokens know it only roughly; one round of refinement, two at two bits, where the second
-                  still gains.
-    ``best``      the original goes along with all batches, two rounds of refinement; at two and three bits codes and
+                  since so few tokens know it only roughly; two passes of refinement, four at two bits, where they
+                  still gain.
+    ``best``      the original goes along with all batches, four passes of refinement; at two and three bits codes and
                   scales of each block are then trained on its output; `distill_steps` come on top.
 
     Raises UsageError for another name.
@@ -48,13 +49,13 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
         "damp": DAMP if bits > 2 else DAMP_OF_TWO_BITS,
     }
     if name == "fast":
-        return fields | {"mismatch": 0.0, "refine": 0, "tune": 0}
+        return fields | {"mismatch": 0.0, "refine": 1 if bits <= 3 else 0, "tune": 0}
     if name == "balanced":
-        return fields | {"mismatch": 0.7, "mismatch_every": 4, "refine": 2 if bits <= 2 else 1, "tune": 0}
+        return fields | {"mismatch": 0.7, "mismatch_every": 4, "refine": 4 if bits <= 2 else 2, "tune": 0}
     return fields | {
         "mismatch": 1.0,
         "mismatch_every": 1,
-        "refine": 2,
+        "refine": 4,
         "tune": TUNE_STEPS if bits <= 3 else 0,
     }
 

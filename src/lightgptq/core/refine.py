@@ -32,22 +32,22 @@ def refine(
     g_idx: Tensor,
     scheme: QuantScheme,
     *,
-    rounds: int = 1,
+    passes: int,
     ridge: float = 0.0,
 ) -> tuple[Tensor, Grid, Tensor]:
     """Codes and grid whose loss is at or below the one given, row by row.
 
-    One round re-solves shuffled blocks of columns, so that columns meet that no group brings together, and every group
-    with its scale; it takes about two products ``W H``. Before more than one all scales are refitted jointly for about
-    as much: where inputs have much in common a group's own scale cannot tell what its neighbours will do. That gains at
-    two bits only, where one round is not enough either.
+    Passes over groups, each with its scale, take turns with passes over shuffled blocks of columns, in which columns
+    meet that no group brings together; the last is over groups. Each takes about a product ``W H``. Before more than two
+    all scales are refitted jointly, for two more: where inputs have much in common a group's own scale cannot tell what
+    its neighbours will do, which shows at two bits only.
 
     W       float32 (out, in), what the codes stand for
     H       float32 (in, in)
     codes   uint8 (out, in), not modified
     grid    not modified
     g_idx   int32 (in,)
-    rounds  how many
+    passes  how many
     ridge   added to the diagonal of H, in H's unit: what the sweep was damped with
 
     Returns codes uint8 (out, in), a grid with float16 scales, and by how much each row's loss (with the ridge) fell,
@@ -60,15 +60,16 @@ def refine(
     groups = column_blocks(H, members, scheme, groups=True)
     W, codes, grid = W.contiguous(), codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())
     gained = torch.zeros(len(W), dtype=torch.float64, device=W.device)
-    if rounds > 1:
+    if passes > 2:
         grid, gained = refit_scales(W, H, codes, grid, g_idx)
-    for _ in range(rounds):
-        if W.shape[1] > BLOCK_COLUMNS:
+    for left in range(passes, 0, -1):
+        if left % 2 == 1:
+            gained += _solve(W, H, codes, grid, g_idx, groups, scheme)
+        elif W.shape[1] > BLOCK_COLUMNS:
             order = torch.randperm(W.shape[1], generator=generator).to(W.device)
             pieces = (piece.sort().values for piece in order.split(BLOCK_COLUMNS))
             shuffled = column_blocks(H, pieces, scheme, groups=False)
             gained += _solve(W, H, codes, grid, g_idx, shuffled, scheme)
-        gained += _solve(W, H, codes, grid, g_idx, groups, scheme)
     return codes, grid, gained
 
 

@@ -32,7 +32,8 @@ class QuantScheme:
     mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
     mismatch_every  that difference is measured on every n-th calibration batch, which divides its price by n.
-    refine        rounds of block descent over codes and scales after the sweep, each never increasing the loss.
+    refine        passes of block descent over codes and scales after the sweep, none of which increases the loss; see
+                  `refine` in core/refine.py.
     tune          gradient steps that train codes and scales of the whole decoder block on its output after that
                   (a block takes as many as the most of its linears ask for); takes a second forward, too.
 
@@ -72,7 +73,7 @@ class QuantScheme:
             )
         if not 0 <= self.refine <= 100:
             raise UsageError(
-                f"refine={self.refine!r} is not supported; give a number of rounds from 0 to 100"
+                f"refine={self.refine!r} is not supported; give a number of passes from 0 to 100"
             )
         if not 0 <= self.tune <= 100_000:
             raise UsageError(f"tune={self.tune!r} is not supported; give a number of steps from 0 to 100000")

@@ -157,7 +157,7 @@ def _finished(
             raise QuantizationError(f"refine={scheme.refine} needs H: pass it, or set refine=0")
         before = _stand_in_loss(W, codes, grid, g_idx, factor)
         codes, grid, gained = refine(
-            W, H, codes, grid, g_idx, scheme, rounds=scheme.refine, ridge=factor.ridge
+            W, H, codes, grid, g_idx, scheme, passes=scheme.refine, ridge=factor.ridge
         )
         row_loss = row_loss - gained + (_stand_in_loss(W, codes, grid, g_idx, factor) - before)
     results, start = [], 0

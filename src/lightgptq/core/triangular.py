@@ -20,13 +20,13 @@ def cholesky_lower_(A: Tensor) -> Tensor:
     Returns bool (...): whether it was positive definite; where not, what A then holds is unspecified. Column-major
     matrices need no copy.
     """
-    if A.is_cuda:
+    n = A.shape[-1]
+    if A.is_cuda or n <= CHOLESKY_PANEL:
         info = torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
         torch.linalg.cholesky_ex(A, out=(A, info))
         return info == 0
     if A.dim() > 2:
         return torch.stack([cholesky_lower_(one) for one in A])
-    n = A.shape[0]
     for start in range(0, n, CHOLESKY_PANEL):
         end = min(start + CHOLESKY_PANEL, n)
         if start > 0:
@@ -35,6 +35,8 @@ def cholesky_lower_(A: Tensor) -> Tensor:
         if int(info) != 0:
             return torch.tensor(False)
         A[start:end, start:end] = corner
+        if end == n:
+            break
         A[start:end, end:] = 0
         A[end:, start:end] = torch.linalg.solve_triangular(
             corner.t(), A[end:, start:end], upper=True, left=False
