@@ -31,8 +31,8 @@ def order_fields(bits: int) -> dict[str, bool]:
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
     """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
 
-    ``fast``      the scale search, which eight bits are better without, and up to three bits one pass of refinement: about
-                  the time of plain GPTQ.
+    ``fast``      the scale search, which eight bits are better without, and up to three bits one pass of refinement:
+                  about the time of plain GPTQ.
     ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
                   since so few tokens know it only roughly; two passes of refinement, four at two bits, where they
                   still gain.

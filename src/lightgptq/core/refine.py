@@ -38,9 +38,9 @@ def refine(
     """Codes and grid whose loss is at or below the one given, row by row.
 
     Passes over groups, each with its scale, take turns with passes over shuffled blocks of columns, in which columns
-    meet that no group brings together; the last is over groups. Each takes about a product ``W H``. Before more than two
-    all scales are refitted jointly, for two more: where inputs have much in common a group's own scale cannot tell what
-    its neighbours will do, which shows at two bits only.
+    meet that no group brings together; the last is over groups. Each takes about a product ``W H``. Before more than
+    two all scales are refitted jointly, for two more: where inputs have much in common a group's own scale cannot tell
+    what its neighbours will do, which shows at two bits only.
 
     W       float32 (out, in), what the codes stand for
     H       float32 (in, in)
