@@ -16,6 +16,7 @@ from lightgptq.core.grid import Grid, round_scales
 REFIT_RIDGE = 1e-5  # pulls scales that the data leave open to their present values
 SYSTEM_VALUES = 1 << 24  # entries of the normal equations held at a time: 64 MiB
 STEP_VALUES = 1 << 21  # steps of the rows taken at a time: 8 MiB, so that they stay in the cache
+PRODUCT_COLUMNS = 2048  # of ``z_g H`` taken at a time on a CPU, for the second-level cache: two thirds of the time
 
 
 def refit_scales(W: Tensor, H: Tensor, codes: Tensor, grid: Grid, g_idx: Tensor) -> tuple[Grid, Tensor]:
@@ -71,9 +72,13 @@ def _normal_equations(D: Tensor, H: Tensor, steps: Tensor) -> tuple[Tensor, Tens
     """A (rows, g, g) and b (rows, g) from D (rows, in), H (in, in) and steps (rows, g, in / g)."""
     rows, groups, width = steps.shape
     A = torch.zeros(rows, groups, groups, device=D.device)
-    for g in range(groups):  # on and above the diagonal
-        start = g * width
-        product = (steps[:, g] @ H[start : start + width, start:]).view(rows, groups - g, width)
-        torch.sum(product.mul_(steps[:, g:]), dim=2, out=A[:, g, g:])
+    at_once = groups if D.is_cuda else max(1, PRODUCT_COLUMNS // width)
+    for start in range(0, groups, at_once):
+        end = min(start + at_once, groups)
+        for g in range(end):  # on and above the diagonal
+            others = slice(max(g, start), end)
+            product = steps[:, g] @ H[g * width : (g + 1) * width, others.start * width : end * width]
+            product = product.view(rows, -1, width).mul_(steps[:, others])
+            torch.sum(product, dim=2, out=A[:, g, others])
     A += A.triu(1).mT
     return A, ((D @ H).view(rows, groups, width) * steps).sum(dim=2)
