@@ -31,6 +31,7 @@ from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 ENERGY_ROWS = 256
+STACKED_WEIGHTS = 1 << 22  # that are solved as one on a CPU: 16 MiB in float32, beside which calls from Python cost
 Group = tuple[dict[str, nn.Linear], GroupInputs]  # full name -> module, and what is known of their input
 
 
@@ -256,14 +257,17 @@ def _strict_error(record: ModuleRecord) -> QuantizationError:
 
 
 def _together(linears: dict[str, nn.Linear], schemes: dict[str, QuantScheme]) -> list[list[str]]:
-    """Names that are solved as one weight: neighbours of one scheme on a GPU; elsewhere each alone, in less memory."""
+    """Names that are solved as one weight: neighbours of one scheme on a GPU; elsewhere only small ones, for memory."""
     result: list[list[str]] = []
+    weights = 0
     for name, module in linears.items():
-        joins = result and module.weight.is_cuda and schemes[name].method == "gptq"
-        if joins and schemes[result[-1][0]] == schemes[name]:
+        weights += module.weight.numel()
+        alike = bool(result) and schemes[result[-1][0]] == schemes[name] and schemes[name].method == "gptq"
+        if alike and (module.weight.is_cuda or weights <= STACKED_WEIGHTS):
             result[-1].append(name)
         else:
             result.append([name])
+            weights = module.weight.numel()
     return result
 
 
