@@ -16,9 +16,7 @@ from lightgptq.core.grid import Grid, round_scales
 REFIT_RIDGE = 1e-5  # pulls scales that the data leave open to their present values
 SYSTEM_VALUES = 1 << 24  # entries of the normal equations held at a time: 64 MiB
 STEP_VALUES = 1 << 21  # steps of the rows taken at a time: 8 MiB, so that they stay in the cache
-PRODUCT_COLUMNS = (
-    2048  # of ``z_g H`` taken at a time on a CPU, for the second-level cache: two thirds of the time
-)
+PRODUCT_COLUMNS = 2048  # of ``z_g H`` taken at a time on a CPU, for the second-level cache
 
 
 def refit_scales(W: Tensor, H: Tensor, codes: Tensor, grid: Grid, g_idx: Tensor) -> tuple[Grid, Tensor]:
