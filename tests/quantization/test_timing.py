@@ -59,6 +59,5 @@ def test_a_run_reports_every_stage(
     wanted = {"read", "forward", "activations", "hessian", "factor", "grid", "sweep", "pack", "write"}
     assert set(times.seconds) == wanted
     assert all(seconds > 0 for seconds in times.seconds.values())
-    assert (
-        times.calls["pack"] == times.calls["sweep"]
-    )  # each linear once; on a CPU none is solved with others
+    # Each of the 7 linears of a block is packed; those that share an input, here small, are solved as one: 4 times.
+    assert times.calls["pack"] * 4 == times.calls["sweep"] * 7

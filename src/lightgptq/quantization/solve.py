@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightgptq.checkpoint.packing import pack
-from lightgptq.core.grid import fit_grid
+from lightgptq.core.grid import check_weight, fit_grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch import Correction
 from lightgptq.core.obq import obq
@@ -280,6 +280,11 @@ def _solve(
     H: Tensor | None,
     factor: HessianFactor | None,
 ) -> list[QuantizedWeight]:
+    for name, W in zip(names, weights, strict=True):
+        try:
+            check_weight(W)
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from error
     try:
         if factor is None or H is None:
             return [rtn(W, scheme, H) for W in weights]
