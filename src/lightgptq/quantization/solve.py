@@ -31,9 +31,8 @@ from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 ENERGY_ROWS = 256
-STACKED_WEIGHTS = (
-    1 << 22
-)  # that are solved as one on a CPU: 16 MiB in float32, beside which calls from Python cost
+# That linears may have together to be solved as one on a CPU: 16 MiB in float32. Calls from Python cost beside so little.
+STACKED_WEIGHTS = 1 << 22
 Group = tuple[dict[str, nn.Linear], GroupInputs]  # full name -> module, and what is known of their input
 
 
