@@ -31,7 +31,7 @@ from lightgptq.quantization.writeback import AT_ONCE, WriteBack
 from lightgptq.skeleton import ModelSkeleton
 
 ENERGY_ROWS = 256
-# That linears may have together to be solved as one on a CPU: 16 MiB in float32. Calls from Python cost beside so little.
+# That linears may have together to be solved as one on a CPU: 16 MiB in float32, beside which calls from Python cost.
 STACKED_WEIGHTS = 1 << 22
 Group = tuple[dict[str, nn.Linear], GroupInputs]  # full name -> module, and what is known of their input
 
