@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 5
+#define LGQ_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -132,14 +132,20 @@ LGQ_API int32_t lgq_attend(const void *q, const void *k, int64_t k_batch, int64_
  *
  * For j = 0 .. cols - 1: q = clamp(round(w_j / scale) + zero, 0, max_code), e = (w_j - scale (q - zero)) / U_jj,
  * w_k -= e U_jk for k > j.
+ * With cycles > 0 codes are searched for in windows of LGQ_WINDOW columns: a sweep over the window, then as many cycles of
+ * coordinate descent, in which q_j becomes the grid point nearest to q_j + ((t - q) G)_j / G_jj; the first LGQ_KEPT columns
+ * are fixed with these codes, all of the last window's, and the next window begins after them.
  * w       float (rows, ldw); not modified
  * u       float (cols, ldu), upper factor with H^-1 = U^T U; what is below the diagonal is not read into the result
  * scales  float (groups, rows), not 0; zeros int32 (groups, rows) in [0, max_code]; group int32 (cols,)
+ * curvature  float, for each window (n, n): G = (U_BB^T U_BB)^-1, both triangles, one after the other; null without cycles
  * codes   uint8 (rows, ldcodes); err float (rows, lderr) or null: e; loss double (rows,): sum of e^2 */
+#define LGQ_WINDOW 128
+#define LGQ_KEPT 64
 LGQ_API int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int64_t ldu, int64_t rows, int64_t cols,
                                const float *scales, const int32_t *zeros, int64_t groups, const int32_t *group,
-                               int32_t max_code, uint8_t *codes, int64_t ldcodes, float *err, int64_t lderr,
-                               double *loss);
+                               int32_t max_code, int32_t cycles, const float *curvature, uint8_t *codes,
+                               int64_t ldcodes, float *err, int64_t lderr, double *loss);
 
 /* Upper triangle of H += X^T X, accumulated in float: h float (cols, ldh), x (tokens, ldx) LGQ_F32 or LGQ_BF16.
  * Elements below the diagonal are left in an unspecified state. */
@@ -171,7 +177,8 @@ LGQ_API int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64
 /* One pass of refinement: codes are found anew for a block of columns at a time, given all others, and a row takes them
  * where its loss (w - q) H (w - q)^T falls.
  *
- * The best real values are q_B + ((w - q) H)_B H_BB^-1; a sweep over the block rounds them.
+ * The best real values are q_B + ((w - q) H)_B H_BB^-1; a sweep over the block rounds them, then `cycles` of coordinate
+ * descent under H_BB.
  * w            float (rows, ldw); h float (cols, ldh), both triangles
  * order        int32 (cols,): every column once. Block i is order[first[i]] to order[first[i + 1]], in solving order, of
  *              at most LGQ_WIDEST_BLOCK columns; those in no block keep their codes. first int64 (blocks + 1,)
@@ -183,8 +190,8 @@ LGQ_API int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64
 #define LGQ_WIDEST_BLOCK 512
 LGQ_API int32_t lgq_refine(const float *w, int64_t ldw, const float *h, int64_t ldh, int64_t rows, int64_t cols,
                            const int32_t *order, const int64_t *first, int64_t blocks, const float *u,
-                           const int32_t *group, int64_t groups, int32_t scales_move, int32_t max_code, float *scales,
-                           int32_t *zeros, uint8_t *codes, int64_t ldcodes, double *gained);
+                           const int32_t *group, int64_t groups, int32_t scales_move, int32_t max_code, int32_t cycles,
+                           float *scales, int32_t *zeros, uint8_t *codes, int64_t ldcodes, double *gained);
 
 #ifdef __cplusplus
 }

@@ -53,16 +53,18 @@ lgq_status finished(bool ok) { return ok ? LGQ_OK : LGQ_OUT_OF_MEMORY; }
 
 int32_t lgq_gptq_sweep(const float *w, int64_t ldw, const float *u, int64_t ldu, int64_t rows, int64_t cols,
                        const float *scales, const int32_t *zeros, int64_t groups, const int32_t *group,
-                       int32_t max_code, uint8_t *codes, int64_t ldcodes, float *err, int64_t lderr, double *loss) {
+                       int32_t max_code, int32_t cycles, const float *curvature, uint8_t *codes, int64_t ldcodes, float *err,
+                       int64_t lderr, double *loss) {
   using namespace lgq;
-  if (!w || !u || !scales || !zeros || !group || !codes || !loss) return LGQ_NULL_POINTER;
+  if (!w || !u || !scales || !zeros || !group || !codes || !loss || (cycles > 0 && !curvature))
+    return LGQ_NULL_POINTER;
   if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !stride_ok(ldw, cols) || !stride_ok(ldu, cols) ||
       !stride_ok(ldcodes, cols) || (err && !stride_ok(lderr, cols)))
     return LGQ_BAD_SIZE;
-  if (max_code < 1 || max_code > 255) return LGQ_BAD_VALUE;
+  if (max_code < 1 || max_code > 255 || cycles < 0) return LGQ_BAD_VALUE;
   if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
-  return finished(kernels().sweep({w, ldw, u, ldu, rows, cols, scales, zeros, group, groups, max_code, codes, ldcodes,
-                                   err, lderr, loss, max_threads()}));
+  return finished(kernels().sweep({w, ldw, u, ldu, rows, cols, scales, zeros, group, groups, max_code, cycles, curvature,
+                                   codes, ldcodes, err, lderr, loss, max_threads()}));
 }
 
 int32_t lgq_add_gram(float *h, int64_t ldh, const void *x, int64_t ldx, int64_t tokens, int64_t cols, int32_t dtype) {
@@ -112,14 +114,15 @@ int32_t lgq_search_grid(const float *w, int64_t ldw, int64_t rows, int64_t cols,
 
 int32_t lgq_refine(const float *w, int64_t ldw, const float *h, int64_t ldh, int64_t rows, int64_t cols,
                    const int32_t *order, const int64_t *first, int64_t blocks, const float *u, const int32_t *group,
-                   int64_t groups, int32_t scales_move, int32_t max_code, float *scales, int32_t *zeros, uint8_t *codes,
-                   int64_t ldcodes, double *gained) {
+                   int64_t groups, int32_t scales_move, int32_t max_code, int32_t cycles, float *scales, int32_t *zeros,
+                   uint8_t *codes, int64_t ldcodes, double *gained) {
   using namespace lgq;
   if (!w || !h || !order || !first || !u || !group || !scales || !zeros || !codes || !gained) return LGQ_NULL_POINTER;
   if (!size_ok(rows) || !size_ok(cols) || !size_ok(groups) || !size_ok(blocks) || !stride_ok(ldw, cols) ||
       !stride_ok(ldh, cols) || !stride_ok(ldcodes, cols) || blocks > cols || first[0] < 0 || first[blocks] > cols)
     return LGQ_BAD_SIZE;
-  if (max_code < 1 || max_code > 255 || scales_move < 0 || scales_move > 2) return LGQ_BAD_VALUE;
+  if (max_code < 1 || max_code > 255 || scales_move < 0 || scales_move > 2 || cycles < 0)
+    return LGQ_BAD_VALUE;
   if (check_groups(group, cols, groups) != LGQ_OK) return LGQ_BAD_GROUP;
   if (!is_permutation(order, cols)) return LGQ_BAD_VALUE;
   for (int64_t i = 0; i < blocks; ++i) {
@@ -127,5 +130,5 @@ int32_t lgq_refine(const float *w, int64_t ldw, const float *h, int64_t ldh, int
     if (scales_move && !is_whole_group(order, group, cols, first[i], first[i + 1])) return LGQ_BAD_GROUP;
   }
   return finished(kernels().refine({w, ldw, h, ldh, rows, cols, order, first, blocks, u, group, groups, scales_move > 0,
-                                    scales_move > 1, max_code, scales, zeros, codes, ldcodes, gained, max_threads()}));
+                                    scales_move > 1, max_code, cycles, scales, zeros, codes, ldcodes, gained, max_threads()}));
 }

@@ -16,6 +16,8 @@ struct SweepArgs {
   const int32_t *group;   // (cols,)
   int64_t groups;
   int32_t max_code;
+  int32_t cycles;         // of coordinate descent in every window; 0 for the plain sweep
+  const float *curvature; // of each window (n, n), one after the other
   uint8_t *codes;         // (rows, cols), leading dimension ldcodes
   int64_t ldcodes;
   float *err;             // (rows, cols), leading dimension lderr, or null
@@ -82,6 +84,7 @@ struct RefineArgs {
   bool single_groups;       // every block is a whole group: its scale moves
   bool move_zeros;          // its zero as well
   int32_t max_code;
+  int32_t cycles;           // of coordinate descent after a block's sweep
   float *scales;            // (groups, rows), modified
   int32_t *zeros;           // (groups, rows), modified
   uint8_t *codes;           // (rows, cols), leading dimension ldcodes, modified

@@ -1,7 +1,7 @@
+#include "solver_gptq.h"
 #include "solver_grid.h"
 #include "solver_obq.h"
 #include "solver_refine.h"
-#include "solver_sweep.h"
 #include "solver_syrk.h"
 
 namespace lgq {

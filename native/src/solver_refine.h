@@ -1,6 +1,6 @@
 // Refinement: given all other columns, the best real values of a block B are q_B + r_B H_BB^-1 with r = (w - q) H; a
-// sweep over the block alone rounds them, where the block is a group also with other zeros and a better scale, and a row
-// takes what lowers its loss most.
+// sweep over the block alone rounds them and coordinate descent improves them, where the block is a group also with other
+// zeros and a better scale, and a row takes what lowers its loss most.
 //
 // A strip holds W and D = W - Q in the sweep's layout, (panel, column, MR rows), columns in the order of the blocks. What
 // a block needs of D H is one product over all columns; the rest works on the block's columns and stays in cache.
@@ -8,6 +8,7 @@
 
 #include "parallel.h"
 #include "solver.h"
+#include "solver_descent.h"
 #include "solver_grid.h"
 #include "solver_sweep.h"
 #include "solver_tile.h"
@@ -110,7 +111,7 @@ inline void pack_symmetric(const RefineArgs &a, int64_t k0, int64_t depth, int64
 }
 
 // Slivers of H's columns in the block, whole rows at a time: they come in any order and are read once.
-inline void pack_curvature(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b) {
+inline void pack_pull(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b) {
   const int64_t slivers = ceil_div(b.n, NR);
   for (int64_t j = 0; j < slivers * NR; ++j) {
     const float *row = j < b.n ? a.h + a.order[b.begin + j] * a.ldh : nullptr;
@@ -125,7 +126,7 @@ inline void pack_curvature(const RefineArgs &a, const RefineStrip &s, const Refi
 // pull = D H in the block's columns.
 inline void pull_block(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b) {
   const int64_t slivers = ceil_div(b.n, NR);
-  pack_curvature(a, s, b);
+  pack_pull(a, s, b);
   for (int64_t k0 = 0; k0 < a.cols; k0 += KC)
     for (int64_t q = 0; q < s.panels; ++q)
       for (int64_t t = 0; t < slivers; ++t) {
@@ -214,12 +215,21 @@ inline void measure(const RefineArgs &a, const RefineStrip &s, const RefineBlock
   }
 }
 
-// A sweep over the block's target on a grid (panels, groups, 2, MR).
-inline void sweep_target(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b, float *grid, int64_t groups) {
+// A sweep over the block's target on a grid (panels, groups, 2, MR), and descent from there.
+inline void round_target(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b, float *grid, int64_t groups) {
   std::memcpy(s.swept, s.target, static_cast<size_t>(s.panels * b.n * MR) * 4);
-  const SweepArgs sweep{nullptr, 0,       b.u, b.n,     s.rows, b.n,     nullptr, nullptr, s.group,
-                        groups,  a.max_code, s.codes, b.n, nullptr, 0, nullptr, 1};
+  const SweepArgs sweep{nullptr, 0, b.u, b.n, s.rows, b.n, nullptr, nullptr, s.group, groups,
+                        a.max_code, 0, nullptr, s.codes, b.n, nullptr, 0, nullptr, 1};
   sweep_columns(sweep, {0, s.rows, s.panels, s.swept, grid, s.sweep_pack, s.loss});
+  for (int64_t q = 0; a.cycles > 0 && q < s.panels; ++q) {
+    const DescentPanel panel{s.target + q * b.n * MR, s.steps, s.move, s.curvature, grid + q * groups * 2 * MR, s.group,
+                             b.n, static_cast<float>(a.max_code)};
+    const int64_t rows = min64(MR, s.rows - q * MR);
+    uint8_t *codes = s.codes + q * MR * b.n;
+    load_codes(panel, rows, codes, b.n);
+    descend_panel(panel, a.cycles);
+    store_codes(panel, rows, codes, b.n);
+  }
 }
 
 // Codes that a sweep found on a grid, for the rows of panel q that gain by them; of a group also with the scale that
@@ -257,7 +267,7 @@ inline void judge(const RefineArgs &a, const RefineStrip &s, const RefineBlock &
 
 inline void try_codes(const RefineArgs &a, const RefineStrip &s, const RefineBlock &b) {
   if (!a.single_groups) {
-    sweep_target(a, s, b, s.grid, a.groups);
+    round_target(a, s, b, s.grid, a.groups);
     for (int64_t q = 0; q < s.panels; ++q) judge(a, s, b, q, s.grid + q * a.groups * 2 * MR);
     return;
   }
@@ -271,7 +281,7 @@ inline void try_codes(const RefineArgs &a, const RefineStrip &s, const RefineBlo
       const float moved = s.before[i] + kShifts[shift], top = static_cast<float>(a.max_code);
       s.tried[i] = !is_zero || shift == 0 ? s.before[i] : moved < 1.0f ? 1.0f : moved > top ? top : moved;
     }
-    sweep_target(a, s, b, s.tried, 1);
+    round_target(a, s, b, s.tried, 1);
     for (int64_t q = 0; q < s.panels; ++q) judge(a, s, b, q, s.tried + q * 2 * MR);
   }
 }

@@ -55,9 +55,8 @@ inline void store_errors(const SweepArgs &a, const Strip &s) {
   }
 }
 
-// U[k0 : k0 + depth, j : j + NR] as (depth, NR), zero past the last column.
-inline void pack_sliver(const SweepArgs &a, int64_t k0, int64_t depth, int64_t j, float *out) {
-  const int64_t width = min64(NR, a.cols - j);
+// U[k0 : k0 + depth, j : j + width] as (depth, NR), zero past the last column.
+inline void pack_sliver(const SweepArgs &a, int64_t k0, int64_t depth, int64_t j, int64_t width, float *out) {
   for (int64_t k = 0; k < depth; ++k) {
     const float *row = a.u + (k0 + k) * a.ldu + j;
     if (width == NR) {
@@ -68,11 +67,12 @@ inline void pack_sliver(const SweepArgs &a, int64_t k0, int64_t depth, int64_t j
   }
 }
 
-// Round NR columns from j on, one after the other, while their weights stay in registers (w, updated by every column
-// before j). Writes the errors to p, the codes to the caller's array and adds err^2 to loss.
-inline void round_sliver(const SweepArgs &a, const Strip &s, int64_t panel, int64_t j, const float *diagonal,
-                         vec (&w)[NR][2], vec (&loss)[2]) {
-  const int64_t width = min64(NR, a.cols - j);
+// Round `width` columns, at most NR, from j on, one after the other, while their weights stay in registers (w, updated by every column
+// before j), or give them the values that are wanted (n, MR). Writes the errors to p, the codes to the caller's array and
+// adds err^2 to loss.
+template <bool kGiven>
+inline void round_sliver(const SweepArgs &a, const Strip &s, int64_t panel, int64_t j, int64_t width,
+                         const float *diagonal, const float *given, vec (&w)[NR][2], vec (&loss)[2]) {
   float *p = s.p + panel * a.cols * MR + j * MR;
   const float *grid = s.grid + panel * a.groups * 2 * MR;
   alignas(64) int32_t code[NR][MR];
@@ -88,7 +88,7 @@ inline void round_sliver(const SweepArgs &a, const Strip &s, int64_t panel, int6
       const vec step = load(scale + v * kLanes), zero = load(scale + MR + v * kLanes);
       // clamping to [-zero, max_code - zero] before rounding is the same as after, since both ends are integers
       const vec low = -zero, high = max_code - zero;
-      vec x = w[n][v] / step;
+      vec x = (kGiven && n < width ? load(given + n * MR + v * kLanes) : w[n][v]) / step;
       x = x > low ? x : low;
       x = x < high ? x : high;
       x = (x + magic) - magic;
@@ -121,30 +121,52 @@ inline void update_sliver(float *p, const float *pack, int64_t k0, int64_t depth
     }
 }
 
-// The columns of block [b, e): everything before b has been subtracted.
-inline void sweep_block(const SweepArgs &a, const Strip &s, int64_t b, int64_t e) {
-  const int64_t slivers = ceil_div(e - b, NR), stride = NB * NR;
-  for (int64_t t = 0; t < slivers; ++t) {
+// The factor's slivers of block [b, e), each down to its own diagonal.
+inline void pack_triangle(const SweepArgs &a, int64_t b, int64_t e, float *out) {
+  for (int64_t t = 0; t * NR < e - b; ++t) {
     const int64_t depth = min64((t + 1) * NR, e - b);
-    float *pack = s.pack + t * stride;
-    pack_sliver(a, b, depth, b + t * NR, pack);
+    float *pack = out + t * NB * NR;
+    pack_sliver(a, b, depth, b + t * NR, min64(NR, e - b - t * NR), pack);
     // columns past the end have error 0, which must not meet whatever this memory held: 0 * NaN
     std::memset(pack + depth * NR, 0, static_cast<size_t>((t + 1) * NR - depth) * NR * 4);
   }
+}
+
+// The columns of block [b, e), at most NB: everything before b has been subtracted. They are rounded, or take the values
+// given for each panel, (panels, n, MR) of which the first columns count.
+template <bool kGiven = false>
+inline void sweep_block(const SweepArgs &a, const Strip &s, int64_t b, int64_t e, const float *given = nullptr,
+                        int64_t n = 0) {
+  const int64_t slivers = ceil_div(e - b, NR), stride = NB * NR;
+  pack_triangle(a, b, e, s.pack);
   for (int64_t q = 0; q < s.panels; ++q) {
     float *p = s.p + q * a.cols * MR;
     vec loss[2] = {};
     for (int64_t t = 0; t < slivers; ++t) {
-      const int64_t j = b + t * NR, width = min64(NR, a.cols - j);
+      const int64_t j = b + t * NR, width = min64(NR, e - j);
       vec w[NR][2];
       clear_tile(w);
       multiply_tile(p + b * MR, s.pack + t * stride, t * NR, w);
 #pragma GCC unroll 12
-      for (int n = 0; n < NR; ++n)
-        for (int v = 0; v < 2; ++v) w[n][v] = n < width ? load(p + (j + n) * MR + v * kLanes) - w[n][v] : vec{};
-      round_sliver(a, s, q, j, s.pack + t * stride + t * NR * NR, w, loss);
+      for (int i = 0; i < NR; ++i)
+        for (int v = 0; v < 2; ++v) w[i][v] = i < width ? load(p + (j + i) * MR + v * kLanes) - w[i][v] : vec{};
+      round_sliver<kGiven>(a, s, q, j, width, s.pack + t * stride + t * NR * NR,
+                           kGiven ? given + (q * n + t * NR) * MR : nullptr, w, loss);
     }
     for (int r = 0; r < MR; ++r) s.loss[q * MR + r] += loss[r / kLanes][r % kLanes];
+  }
+}
+
+// Columns [j, e) less what the errors of columns [from, to) cost them.
+inline void subtract_errors(const SweepArgs &a, const Strip &s, int64_t from, int64_t to, int64_t j, int64_t e) {
+  const int64_t slivers = ceil_div(e - j, NR), stride = KC * NR;
+  for (int64_t k0 = from; k0 < to; k0 += KC) {
+    const int64_t depth = min64(KC, to - k0);
+    for (int64_t t = 0; t < slivers; ++t)
+      pack_sliver(a, k0, depth, j + t * NR, min64(NR, e - j - t * NR), s.pack + t * stride);
+    for (int64_t q = 0; q < s.panels; ++q)
+      for (int64_t t = 0; t < slivers; ++t)
+        update_sliver(s.p + q * a.cols * MR, s.pack + t * stride, k0, depth, j + t * NR, min64(NR, e - j - t * NR));
   }
 }
 
@@ -152,48 +174,15 @@ inline void sweep_block(const SweepArgs &a, const Strip &s, int64_t b, int64_t e
 inline void sweep_columns(const SweepArgs &a, const Strip &s) {
   for (int64_t r = 0; r < s.panels * MR; ++r) s.loss[r] = 0.0;
   for (int64_t b = 0; b < a.cols; b += NB) {
-    const int64_t e = min64(b + NB, a.cols), slivers = ceil_div(e - b, NR);
-    for (int64_t k0 = 0; k0 < b; k0 += KC) {
-      const int64_t depth = min64(KC, b - k0), stride = KC * NR;
-      for (int64_t t = 0; t < slivers; ++t) pack_sliver(a, k0, depth, b + t * NR, s.pack + t * stride);
-      for (int64_t q = 0; q < s.panels; ++q)
-        for (int64_t t = 0; t < slivers; ++t) {
-          const int64_t j = b + t * NR;
-          update_sliver(s.p + q * a.cols * MR, s.pack + t * stride, k0, depth, j, min64(NR, a.cols - j));
-        }
-    }
+    const int64_t e = min64(b + NB, a.cols);
+    subtract_errors(a, s, 0, b, b, e);
     sweep_block(a, s, b, e);
   }
-}
-
-inline void sweep_strip(const SweepArgs &a, const Strip &s) {
-  load_strip(a, s);
-  sweep_columns(a, s);
-  for (int64_t r = 0; r < s.rows; ++r) a.loss[s.first + r] = s.loss[r];
-  if (a.err) store_errors(a, s);
 }
 
 inline int64_t strip_rows(int64_t rows, int64_t threads) {
   const int64_t fair = ceil_div(ceil_div(rows, threads), MR) * MR;
   return max64(MR, min64(kStripRows, fair));
-}
-
-bool sweep(const SweepArgs &a) {
-  const int64_t height = strip_rows(a.rows, a.threads), strips = ceil_div(a.rows, height), panels = height / MR;
-  int64_t next = 0, done = 0;
-  // A thread that gets no memory leaves its strips to the others, so only a machine without any fails.
-  auto work = [&](int, int) {
-    Scratch p(panels * a.cols * MR * 4), grid(panels * a.groups * 2 * MR * 4);
-    Scratch pack(max64(KC, NB) * NB * 4), loss(panels * MR * 8);
-    if (!p.as<float>() || !grid.as<float>() || !pack.as<float>() || !loss.as<double>()) return;
-    for (int64_t i = take(&next); i < strips; i = take(&next), take(&done)) {
-      const int64_t first = i * height, rows = min64(height, a.rows - first);
-      sweep_strip(a, {first, rows, ceil_div(rows, MR), p.as<float>(), grid.as<float>(), pack.as<float>(),
-                      loss.as<double>()});
-    }
-  };
-  lgq::parallel(static_cast<int>(min64(a.threads, strips)), work);
-  return done == strips;
 }
 
 }  // namespace

@@ -89,11 +89,13 @@ def _solve(
     library = native.load() if W.device.type == "cpu" and W.dtype == torch.float32 else None
     narrow = all(len(block.indices) <= WIDEST_BLOCK for block in blocks)
     if library is None or not narrow:
-        return refine_torch(W, H, codes, grid, g_idx, blocks, scheme.max_code, zeros_move=not scheme.sym)
+        return refine_torch(
+            *(W, H, codes, grid, g_idx, blocks, scheme.max_code, scheme.descent), zeros_move=not scheme.sym
+        )
     scales_move = any(block.group is not None for block in blocks)
     ordered = [(block.solving_order, block.factor.U) for block in blocks]
     return refine_cpu(
-        *(library, W, H, codes, grid, g_idx, ordered, scheme.max_code),
+        *(library, W, H, codes, grid, g_idx, ordered, scheme.max_code, scheme.descent),
         scales_move=scales_move,
         zeros_move=not scheme.sym,
     )

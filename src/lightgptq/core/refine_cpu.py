@@ -17,7 +17,7 @@ WIDEST_BLOCK = 512  # columns; LGQ_WIDEST_BLOCK
 _ARGUMENTS: Any = [
     *[c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64],  # W, its stride, H, its stride, out, in
     *[c_void_p, c_void_p, c_int64, c_void_p],  # order, first, blocks, U
-    *[c_void_p, c_int64, c_int32, c_int32],  # g_idx, groups, scales_move, max_code
+    *[c_void_p, c_int64, c_int32, c_int32, c_int32],  # g_idx, groups, scales_move, max_code, cycles
     *[c_void_p, c_void_p, c_void_p, c_int64, c_void_p],  # scales, zeros, codes, stride, gained
 ]
 
@@ -31,6 +31,7 @@ def refine_cpu(
     g_idx: Tensor,
     blocks: Sequence[tuple[Tensor, Tensor]],
     max_code: int,
+    cycles: int,
     *,
     scales_move: bool,
     zeros_move: bool = False,
@@ -88,7 +89,7 @@ def refine_cpu(
     status = function(
         *(W.data_ptr(), in_features, H.data_ptr(), in_features, out_features, in_features),
         *(order.data_ptr(), first.data_ptr(), len(blocks), U.data_ptr()),
-        *(group_of.data_ptr(), groups, int(scales_move) + int(scales_move and zeros_move), max_code),
+        *(group_of.data_ptr(), groups, int(scales_move) + int(scales_move and zeros_move), max_code, cycles),
         *(grid.scales.data_ptr(), grid.zeros.data_ptr(), codes.data_ptr(), in_features, gained.data_ptr()),
     )
     library.check(

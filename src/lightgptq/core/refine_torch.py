@@ -1,7 +1,7 @@
 """One pass of refinement in plain PyTorch on any device: the reference for the native one.
 
 Given all other columns, the best real values of block B are ``t = q_B + r_B H_BB^-1`` with ``r = (w - q) H``; a GPTQ
-sweep over the block alone rounds them, and a row takes what lowers its loss.
+sweep over the block alone rounds them, coordinate descent improves them, and a row takes what lowers its loss.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightgptq.core.column_block import ColumnBlock, as_slice, part_of
+from lightgptq.core.descent import descend
 from lightgptq.core.grid import Grid, dequantize_codes, round_scales
 from lightgptq.core.sweep import sweep
 
@@ -30,6 +31,7 @@ def refine_torch(
     g_idx: Tensor,
     blocks: Sequence[ColumnBlock],
     max_code: int,
+    cycles: int = 0,
     *,
     zeros_move: bool = False,
 ) -> Tensor:
@@ -38,6 +40,7 @@ def refine_torch(
     W, H    float32 (out, in) and (in, in), H symmetric; not modified
     codes   uint8 (out, in), changed in place, as the grid's scales and zeros (groups, out) are
     g_idx   int (in,)
+    cycles  of coordinate descent after a block's sweep
     blocks  those that are a group have its scale refitted; with zeros_move its zero is moved as well
 
     What a block needs of ``(W - Q) H`` is computed when its turn comes: one product with H in all. Returns by how much
@@ -52,7 +55,7 @@ def refine_torch(
         for strip in rows.strips():
             pulls = (strip.D @ H_together).split(widths, dim=1)
             for at, block in enumerate(present):
-                move = _solve_block(strip, block, pulls[at], max_code, zeros_move)
+                move = _solve_block(strip, block, pulls[at], max_code, cycles, zeros_move)
                 for later in range(at + 1, len(present)):
                     pulls[later].addmm_(move, part_of(H, block.columns, present[later].columns), alpha=-1)
     return gained
@@ -85,7 +88,9 @@ class _Rows:
             yield _Rows(self.W[rows], self.D[rows], self.codes[rows], grid, self.g_idx, self.gained[rows])
 
 
-def _solve_block(rows: _Rows, block: ColumnBlock, R: Tensor, max_code: int, zeros_move: bool) -> Tensor:
+def _solve_block(
+    rows: _Rows, block: ColumnBlock, R: Tensor, max_code: int, cycles: int, zeros_move: bool
+) -> Tensor:
     """Re-solves one block of every row given its others; rows that gain take the result. Returns what Q gained.
 
     R  float32 (rows, n), ``D H`` in the block's columns
@@ -100,7 +105,8 @@ def _solve_block(rows: _Rows, block: ColumnBlock, R: Tensor, max_code: int, zero
         grid = Grid(grid.scales[group : group + 1], grid.zeros[group : group + 1])
         g_idx = torch.zeros_like(g_idx)
     best_change = torch.zeros(len(R), device=R.device)
-    for codes, proposed, change in _proposals(grid, g_idx, block, ordered, W - old, R, max_code, zeros_move):
+    settings = (max_code, cycles, zeros_move)
+    for codes, proposed, change in _proposals(grid, g_idx, block, ordered, W - old, R, *settings):
         wins = change < best_change
         best_change = torch.where(wins, change, best_change)
         best_codes = torch.where(wins.unsqueeze(1), codes, best_codes)
@@ -128,6 +134,7 @@ def _proposals(
     Q: Tensor,
     R: Tensor,
     max_code: int,
+    cycles: int,
     zeros_move: bool,
 ) -> Iterator[tuple[Tensor, Grid, Tensor]]:
     """Codes (rows, n) for real values in solving order, their grid, and by how much (rows,) they change the loss.
@@ -136,10 +143,13 @@ def _proposals(
     the one that suits them: with z their steps (code - zero), a scale larger by d changes it further by
     ``d^2 z H z - 2 d z (R - H m)``.
     """
-    alone = block.group is not None
+    alone, perm = block.group is not None, block.factor.perm
+    curvature = block.H[perm][:, perm].contiguous()
     for shift in (0, -1, 1) if alone and zeros_move else (0,):
         tried = Grid(grid.scales, (grid.zeros + shift).clamp(1, max_code) if shift else grid.zeros)
-        codes, _ = sweep(ordered, block.factor.U, tried, g_idx[block.factor.perm], max_code)
+        codes, _ = sweep(ordered, block.factor.U, tried, g_idx[perm], max_code)
+        if cycles:
+            codes = descend(ordered, curvature, codes, tried, g_idx[perm], max_code, cycles)
         codes = codes[:, block.inverse]
         move = dequantize_codes(codes, tried, g_idx) - Q
         left = torch.addmm(R, move, block.H, alpha=-1)

@@ -32,6 +32,8 @@ class QuantScheme:
     mismatch      share (0 to 1) of the difference between the original's and the quantized model's inputs that the
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
     mismatch_every  that difference is measured on every n-th calibration batch, which divides its price by n.
+    descent       cycles of coordinate descent over every window of columns in the sweep, and over every block that
+                  refinement solves; see core/windows.py. 0: columns are rounded one after the other, as in the paper.
     refine        passes of block descent over codes and scales after the sweep, none of which increases the loss; see
                   `refine` in core/refine.py.
     tune          gradient steps that train codes and scales of the whole decoder block on its output after that
@@ -51,6 +53,7 @@ class QuantScheme:
     scale_search: str = "hessian"
     mismatch: float = 0.0
     mismatch_every: int = 1
+    descent: int = 0
     refine: int = 0
     tune: int = 0
 
@@ -70,6 +73,10 @@ class QuantScheme:
         if not 1 <= self.mismatch_every <= 1000:
             raise UsageError(
                 f"mismatch_every={self.mismatch_every!r} is not supported; give a number of batches from 1 to 1000"
+            )
+        if not 0 <= self.descent <= 100:
+            raise UsageError(
+                f"descent={self.descent!r} is not supported; give a number of cycles from 0 to 100"
             )
         if not 0 <= self.refine <= 100:
             raise UsageError(

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightgptq.core.compensation import Compensation
 from lightgptq.core.grid import Grid, check_weight, dequantize_codes, fit_grid, trivial_g_idx
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.refine import refine
 from lightgptq.core.rtn import quadratic_loss
 from lightgptq.core.scheme import QuantScheme
-from lightgptq.core.sweep import sweep
 from lightgptq.core.types import QuantizedWeight
+from lightgptq.core.windows import sweep_windows
 from lightgptq.errors import QuantizationError
-
-PANEL = 512  # columns whose errors reach the weights after them by one product
 
 
 def gptq(
@@ -70,7 +69,9 @@ def gptq_stacked(
             grid = fit_grid(W, scheme, factor.importance())
         g_idx = trivial_g_idx(W.shape[1], scheme, W.device)
         ordered = W[:, factor.perm] if scheme.act_order else W
-        codes_perm, row_loss = sweep(ordered, factor.U, grid, g_idx[factor.perm], scheme.max_code, block_size)
+        codes_perm, row_loss = sweep_windows(
+            *(ordered, factor.U, grid, g_idx[factor.perm], scheme.max_code, scheme.descent, block_size)
+        )
         del ordered
     elif grid is not None:
         raise QuantizationError("a grid was given, but with static_groups=False the sweep finds its own")
@@ -119,7 +120,9 @@ def gptq_batch(
     perm = torch.stack([factor.perm for factor in factors])
     ordered = W.gather(2, perm.unsqueeze(1).expand_as(W))
     U = torch.stack([factor.U for factor in factors])
-    codes, loss = sweep(ordered, U, grid, g_idx[perm], scheme.max_code, block_size)
+    codes, loss = sweep_windows(
+        ordered, U, grid, g_idx[perm], scheme.max_code, scheme.descent, block_size
+    )
     del ordered, U
     results = []
     for i, factor in enumerate(factors):
@@ -196,10 +199,9 @@ def _sweep_dynamic(
     W       (out, in) float32 in solving order
     groups  int (in,) in solving order: each group's number, its columns one after the other
 
-    After a group of columns F is solved, ``W_F - Q_F = E_F U_FF`` gives the errors that the columns after it need:
-    ``W_R -= E_F U_FR``, at once up to the end of a panel of columns, beyond it for the whole panel.
+    After a group of columns F is solved, ``W_F - Q_F = E_F U_FF`` gives the errors that the columns after it take.
     """
-    W, U = W.clone(), factor.U
+    U = factor.U
     out_features, in_features = W.shape
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=W.device)
     row_loss = torch.zeros(out_features, dtype=torch.float32, device=W.device)
@@ -209,32 +211,19 @@ def _sweep_dynamic(
     )
     importance = factor.importance()[factor.perm]
     alone = scheme.with_overrides({"group_size": -1})
-    for panel in _panels(groups):
-        first, last = panel[0][1], panel[-1][2]
-        errors = torch.empty(out_features, last - first, device=W.device)
-        for group, start, end in panel:
-            part, U_FF = W[:, start:end].contiguous(), U[start:end, start:end].contiguous()
-            grid = fit_grid(part, alone, importance[start:end])
-            one_group = torch.zeros(end - start, dtype=torch.int32, device=W.device)
-            codes[:, start:end], loss = sweep(part, U_FF, grid, one_group, scheme.max_code, block_size)
-            row_loss += loss
-            found.scales[group], found.zeros[group] = grid.scales[0], grid.zeros[0]
-            D = part - dequantize_codes(codes[:, start:end], grid, one_group)
-            E = torch.linalg.solve_triangular(U_FF, D, upper=True, left=False)
-            errors[:, start - first : end - first] = E
-            W[:, end:last].addmm_(E, U[start:end, end:last], alpha=-1)
-        W[:, last:].addmm_(errors, U[first:last, last:], alpha=-1)
-    return codes, row_loss, found
-
-
-def _panels(groups: Tensor) -> list[list[tuple[int, int, int]]]:
-    """Number, first and last but one column of each group in solving order, in panels of about `PANEL` columns."""
     numbers, counts = torch.unique_consecutive(groups, return_counts=True)
-    panels: list[list[tuple[int, int, int]]] = [[]]
-    start = 0
-    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        if panels[-1] and start + count - panels[-1][0][1] > PANEL:
-            panels.append([])
-        panels[-1].append((number, start, start + count))
-        start += count
-    return panels
+    left, start = Compensation(W, U, int(counts.max())), 0
+    for group, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        end = start + count
+        part, U_FF = left.columns(start, end), U[start:end, start:end].contiguous()
+        grid = fit_grid(part, alone, importance[start:end])
+        one_group = torch.zeros(count, dtype=torch.int32, device=W.device)
+        codes[:, start:end], loss = sweep_windows(
+            *(part, U_FF, grid, one_group, scheme.max_code, scheme.descent, block_size)
+        )
+        row_loss += loss
+        found.scales[group], found.zeros[group] = grid.scales[0], grid.zeros[0]
+        D = part - dequantize_codes(codes[:, start:end], grid, one_group)
+        left.push(start, end, torch.linalg.solve_triangular(U_FF, D, upper=True, left=False))
+        start = end
+    return codes, row_loss, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -12,9 +13,12 @@ from lightgptq.core.grid import Grid
 from lightgptq.errors import UsageError
 from lightgptq.native import NativeLibrary
 
+# Columns of a window of the search, and how many of them are kept: LGQ_WINDOW, LGQ_KEPT.
+WINDOW, KEPT = 128, 64
 _ARGUMENTS: Any = [
     *[c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64],  # W, its stride, U, its stride, out, in
     *[c_void_p, c_void_p, c_int64, c_void_p, c_int32],  # scales, zeros, groups, g_idx, max_code
+    *[c_int32, c_void_p],  # cycles, curvature
     *[c_void_p, c_int64, c_void_p, c_int64, c_void_p],  # codes, stride, errors, stride, loss
 ]
 
@@ -27,6 +31,9 @@ def sweep_cpu(
     g_idx: Tensor,
     max_code: int,
     errors: Tensor | None = None,
+    *,
+    cycles: int = 0,
+    curvatures: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Solves all columns on a fixed grid, in the order in which they are given.
 
@@ -40,6 +47,8 @@ def sweep_cpu(
     g_idx     int (in,), group of each column in solving order
     max_code  2^bits - 1
     errors    float32 (out, in) with contiguous rows, or None: receives e
+    cycles    of coordinate descent in every window, see `sweep_windows`
+    curvatures  with cycles: of each window, float32 (n, n)
 
     Returns codes uint8 (out, in) and the loss per row ``|e|^2`` float32 (out,).
     Raises UsageError for shapes, dtypes or strides other than these and NativeLibraryError when the library
@@ -50,6 +59,11 @@ def sweep_cpu(
     _require_rows("U", U, (in_features, in_features))
     if errors is not None:
         _require_rows("errors", errors, (out_features, in_features))
+    spans = windows(in_features) if cycles else []
+    if [tuple(G.shape) for G in curvatures] != [(end - start,) * 2 for start, end, _ in spans]:
+        raise UsageError(
+            f"{len(curvatures)} curvatures for {len(spans)} windows of {in_features} columns; give each window's own"
+        )
     groups = grid.scales.shape[0]
     if grid.scales.shape != (groups, out_features) or grid.zeros.shape != grid.scales.shape:
         raise UsageError(
@@ -61,6 +75,7 @@ def sweep_cpu(
     scales = grid.scales.to(torch.float32).contiguous()
     zeros = grid.zeros.to(torch.int32).contiguous()
     group_of = g_idx.to(torch.int32).contiguous()
+    curvature = torch.cat([G.float().flatten() for G in curvatures]) if curvatures else None
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     loss = torch.empty(out_features, dtype=torch.float64)
     function = library.lib.lgq_gptq_sweep
@@ -68,12 +83,20 @@ def sweep_cpu(
     status = function(
         *(W.data_ptr(), W.stride(0), U.data_ptr(), U.stride(0), out_features, in_features),
         *(scales.data_ptr(), zeros.data_ptr(), groups, group_of.data_ptr(), max_code),
+        *(cycles, None if curvature is None else curvature.data_ptr()),
         *(codes.data_ptr(), in_features),
         *((None, 0) if errors is None else (errors.data_ptr(), errors.stride(0))),
         loss.data_ptr(),
     )
     library.check(status, f"GPTQ sweep of a {out_features} x {in_features} weight, {groups} groups")
     return codes, loss.float()
+
+
+def windows(in_features: int) -> list[tuple[int, int, int]]:
+    """Of each window of the search its first column, its end, and the end of what is kept."""
+    count = 1 + max(0, -(-(in_features - WINDOW) // KEPT))
+    ends = ((start, min(start + WINDOW, in_features)) for start in range(0, count * KEPT, KEPT))
+    return [(start, end, end if end == in_features else start + KEPT) for start, end in ends]
 
 
 def _require_rows(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
