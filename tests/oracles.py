@@ -204,6 +204,45 @@ def sweep_columns(
     return codes, errors, margin
 
 
+def search_columns(
+    W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, max_code: int, cycles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sweep that searches windows of 128 columns and keeps the first 64, in float64, every code tried.
+
+    Returns codes (out, in), the loss of each row ``|e|^2`` and how near (in steps) it ever came to a rounding boundary,
+    all float64.
+    """
+    w, Ud = W.double().clone(), U.double()
+    codes, loss = torch.zeros_like(w), torch.zeros(len(w), dtype=torch.float64)
+    nearest = torch.full_like(loss, 0.5)
+    start = 0
+    while start < w.shape[1]:
+        window = slice(start, min(start + 128, w.shape[1]))
+        groups, own = g_idx[window].long(), Ud[window, window]
+        found, _, margin = sweep_columns(w[:, window], own, scales, zeros, groups, max_code)
+        nearest = torch.minimum(nearest, margin.amin(dim=1))
+        zero, scale = zeros[groups].t().double(), scales[groups].t().double()
+        G = torch.linalg.inv(own.t() @ own)
+        for column in list(range(found.shape[1])) * cycles:
+            r = (w[:, window] - (found - zero) * scale) @ G[:, column]
+            steps = r / G[column, column] / scale[:, column]
+            nearest = torch.minimum(nearest, ((steps - torch.floor(steps)) - 0.5).abs())
+            tried = torch.arange(max_code + 1, dtype=torch.float64)
+            move = (tried - found[:, column].unsqueeze(1)) * scale[:, column].unsqueeze(1)
+            found[:, column] = (
+                (G[column, column] * move.square() - 2 * r.unsqueeze(1) * move).argmin(dim=1).double()
+            )
+        end = window.stop if window.stop == w.shape[1] else start + 64
+        for j in range(start, end):
+            at = j - start
+            error = (w[:, j] - (found[:, at] - zero[:, at]) * scale[:, at]) / Ud[j, j]
+            w[:, j + 1 :] -= torch.outer(error, Ud[j, j + 1 :])
+            loss += error.square()
+        codes[:, start:end] = found[:, : end - start]
+        start = end
+    return codes, loss, nearest
+
+
 def row_losses(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
     """``(w - q) H (w - q)^T`` of every row in float64."""
     D = W.double() - Q.double()

@@ -168,8 +168,8 @@ void spoil_solvers() {
   std::vector<uint8_t> codes(24);
   std::vector<double> loss(4), inverse(36, 1.0);
   const auto sweep = [&](int64_t ldw, int64_t ldu, int64_t r, int64_t c, int64_t g, int64_t ldc) {
-    return lgq_gptq_sweep(w.data(), ldw, u.data(), ldu, r, c, scales.data(), zeros.data(), g, group.data(), 15,
-                          codes.data(), ldc, nullptr, 0, loss.data());
+    return lgq_gptq_sweep(w.data(), ldw, u.data(), ldu, r, c, scales.data(), zeros.data(), g, group.data(), 15, 2,
+                          h.data(), codes.data(), ldc, nullptr, 0, loss.data());
   };
   CHECK(sweep(6, 6, rows, cols, groups, 6) == LGQ_OK);
   refuse_sizes([&](int64_t v) { return sweep(v, 6, rows, cols, groups, 6); });
@@ -230,7 +230,8 @@ void spoil_refinement() {
   const auto refine = [&](int64_t ldw, int64_t ldh, int64_t r, int64_t c, int64_t blocks, int64_t g, int32_t moves,
                           int32_t max_code, int64_t ldc) {
     return lgq_refine(w.data(), ldw, hessian.data(), ldh, r, c, order.data(), first.data(), blocks, u.data(),
-                      group.data(), g, moves, max_code, scales.data(), zeros.data(), codes.data(), ldc, gained.data());
+                      group.data(), g, moves, max_code, 2, scales.data(), zeros.data(), codes.data(), ldc,
+                      gained.data());
   };
   for (const int32_t moves : {0, 1, 2}) CHECK(refine(6, 6, rows, cols, 3, groups, moves, 3, 6) == LGQ_OK);
   refuse_sizes([&](int64_t v) { return refine(v, 6, rows, cols, 3, groups, 1, 3, 6); });
@@ -257,7 +258,9 @@ void spoil_refinement() {
   first = {-1, 2, 4, 6};
   CHECK(refine(6, 6, rows, cols, 3, groups, 0, 3, 6) == LGQ_BAD_SIZE);
   CHECK(lgq_refine(nullptr, 6, hessian.data(), 6, rows, cols, order.data(), first.data(), 3, u.data(), group.data(),
-                   groups, 1, 3, scales.data(), zeros.data(), codes.data(), 6, gained.data()) == LGQ_NULL_POINTER);
+                   groups, 1, 3, 0, scales.data(), zeros.data(), codes.data(), 6, gained.data()) == LGQ_NULL_POINTER);
+  CHECK(lgq_refine(w.data(), 6, hessian.data(), 6, rows, cols, order.data(), first.data(), 3, u.data(), group.data(),
+                   groups, 1, 3, -1, scales.data(), zeros.data(), codes.data(), 6, gained.data()) != LGQ_OK);
 }
 
 }  // namespace

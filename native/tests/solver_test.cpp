@@ -38,15 +38,40 @@ struct Problem {
   int32_t zero(int64_t row, int64_t column) const { return zeros[group[column] * rows + row]; }
 };
 
-// Follows the codes that the library chose: each must be the nearest to what the errors before it left, within 1e-3 of a
-// step, and the errors and the loss must follow from them.
-void check_sweep(const Problem &p, bool want_errors) {
+// (U_BB^T U_BB)^-1 of every window, one after the other.
+std::vector<float> window_curvatures(const Problem &p) {
+  std::vector<float> all;
+  for (int64_t b = 0, e = 0; e < p.cols; b += LGQ_KEPT) {
+    e = b + LGQ_WINDOW < p.cols ? b + LGQ_WINDOW : p.cols;
+    const int64_t n = e - b;
+    std::vector<double> inverse(static_cast<size_t>(n * n), 0.0);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = j; i >= 0; --i) {
+        double sum = i == j ? 1.0 : 0.0;
+        for (int64_t k = i + 1; k <= j; ++k) sum -= p.u[(b + i) * p.cols + b + k] * inverse[k * n + j];
+        inverse[i * n + j] = sum / p.u[(b + i) * p.cols + b + i];
+      }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0;
+        for (int64_t k = i > j ? i : j; k < n; ++k) sum += inverse[i * n + k] * inverse[j * n + k];
+        all.push_back(static_cast<float>(sum));
+      }
+  }
+  return all;
+}
+
+// Follows the codes that the library chose: without descent each must be the nearest to what the errors before it left,
+// within 1e-3 of a step, and the errors and the loss must follow from them in any case. Returns the loss of all rows.
+double check_sweep(const Problem &p, bool want_errors, int32_t cycles) {
+  const std::vector<float> curvatures = cycles > 0 ? window_curvatures(p) : std::vector<float>();
+  double total = 0;
   std::vector<uint8_t> codes(p.w.size());
   std::vector<float> err(want_errors ? p.w.size() : 0);
   std::vector<double> loss(static_cast<size_t>(p.rows));
   CHECK(lgq_gptq_sweep(p.w.data(), p.cols, p.u.data(), p.cols, p.rows, p.cols, p.scales.data(), p.zeros.data(),
-                       p.groups, p.group.data(), p.max_code, codes.data(), p.cols, want_errors ? err.data() : nullptr,
-                       p.cols, loss.data()) == LGQ_OK);
+                       p.groups, p.group.data(), p.max_code, cycles, cycles > 0 ? curvatures.data() : nullptr, codes.data(),
+                       p.cols, want_errors ? err.data() : nullptr, p.cols, loss.data()) == LGQ_OK);
   std::vector<double> w(static_cast<size_t>(p.cols));
   for (int64_t r = 0; r < p.rows; ++r) {
     double sum = 0;
@@ -54,14 +79,16 @@ void check_sweep(const Problem &p, bool want_errors) {
     for (int64_t j = 0; j < p.cols; ++j) {
       const double level = codes[r * p.cols + j] - p.zero(r, j), step = p.scale(r, j);
       CHECK(codes[r * p.cols + j] <= p.max_code);
-      CHECK(std::fabs(w[j] / step - level) <= std::fabs(w[j] / step - p.level(w[j], r, j)) + 1e-3);
+      CHECK(cycles > 0 || std::fabs(w[j] / step - level) <= std::fabs(w[j] / step - p.level(w[j], r, j)) + 1e-3);
       const double e = (w[j] - level * step) / p.u[j * p.cols + j];
       if (want_errors) CHECK(std::fabs(err[r * p.cols + j] - e) < 1e-3 * (1 + std::fabs(e)));
       for (int64_t k = j + 1; k < p.cols; ++k) w[k] -= e * p.u[j * p.cols + k];
       sum += e * e;
     }
     CHECK(std::fabs(loss[r] - sum) <= 1e-3 * sum + 1e-9);
+    total += sum;
   }
+  return total;
 }
 
 void check_gram(int64_t tokens, int64_t cols, bool bf16) {
@@ -117,7 +144,7 @@ std::vector<double> losses(const Problem &p, const std::vector<double> &h, const
 }
 
 // What every row is said to have gained, it has; with H = I + v v^T, where a block's U is that of its own Cholesky factor.
-void check_refine(Problem p, int64_t width, int32_t scales_move) {
+void check_refine(Problem p, int64_t width, int32_t scales_move, int32_t cycles) {
   for (int64_t j = 0; j < p.cols; ++j) p.group[j] = static_cast<int32_t>(j / width);
   p.groups = (p.cols + width - 1) / width;
   p.scales.assign(static_cast<size_t>(p.groups * p.rows), 2.0f / static_cast<float>(p.max_code));
@@ -155,7 +182,7 @@ void check_refine(Problem p, int64_t width, int32_t scales_move) {
   const std::vector<double> before = losses(p, h, codes);
   CHECK(lgq_refine(p.w.data(), p.cols, float_h.data(), p.cols, p.rows, p.cols, order.data(), first.data(),
                    static_cast<int64_t>(first.size()) - 1, u.data(), p.group.data(), p.groups, scales_move, p.max_code,
-                   p.scales.data(), p.zeros.data(), codes.data(), p.cols, gained.data()) == LGQ_OK);
+                   cycles, p.scales.data(), p.zeros.data(), codes.data(), p.cols, gained.data()) == LGQ_OK);
   const std::vector<double> after = losses(p, h, codes);
   for (int64_t r = 0; r < p.rows; ++r) {
     CHECK(gained[r] >= 0.0);
@@ -189,7 +216,7 @@ void check_refusals() {
   std::vector<float> h(36);
   auto sweep = [&](const float *w, int64_t ldw, int64_t rows, int64_t groups, int32_t max_code) {
     return lgq_gptq_sweep(w, ldw, p.u.data(), 6, rows, 6, p.scales.data(), p.zeros.data(), groups, p.group.data(),
-                          max_code, codes.data(), 6, nullptr, 0, loss.data());
+                          max_code, 0, nullptr, codes.data(), 6, nullptr, 0, loss.data());
   };
   CHECK(sweep(nullptr, 6, 4, 3, 15) == LGQ_NULL_POINTER);
   CHECK(sweep(p.w.data(), 5, 4, 3, 15) == LGQ_BAD_SIZE);
@@ -198,6 +225,10 @@ void check_refusals() {
   CHECK(sweep(p.w.data(), 6, int64_t{1} << 40, 3, 15) == LGQ_BAD_SIZE);
   CHECK(sweep(p.w.data(), 6, 4, 3, 0) == LGQ_BAD_VALUE);
   CHECK(sweep(p.w.data(), 6, 4, 3, 256) == LGQ_BAD_VALUE);
+  for (const int32_t cycles : {-1, 1})  // the second without a curvature
+    CHECK(lgq_gptq_sweep(p.w.data(), 6, p.u.data(), 6, 4, 6, p.scales.data(), p.zeros.data(), 3, p.group.data(), 15, cycles,
+                         nullptr, codes.data(), 6, nullptr, 0, loss.data()) ==
+          (cycles < 0 ? LGQ_BAD_VALUE : LGQ_NULL_POINTER));
   p.group[5] = 3;
   CHECK(sweep(p.w.data(), 6, 4, 3, 15) == LGQ_BAD_GROUP);
   CHECK(lgq_obq(p.w.data(), inverse.data(), 4, 6, p.scales.data(), p.zeros.data(), 3, p.group.data(), 15,
@@ -222,11 +253,12 @@ void test_solver() {
   for (const auto &size : sizes)
     for (const int32_t max_code : {3, 15, 255}) {
       const Problem p(size[0], size[1], max_code);
-      check_sweep(p, true);
-      check_sweep(p, false);
+      const double plain = check_sweep(p, true, 0);
+      check_sweep(p, false, 0);
+      CHECK(check_sweep(p, true, 3) <= plain * (1 + 1e-3));
       if (size[0] < 100) check_obq(p);
       for (const int64_t width : {1, 13, 64, 193})
-        for (const int32_t scales_move : {0, 1, 2}) check_refine(p, width, scales_move);
+        for (const int32_t scales_move : {0, 1, 2}) check_refine(p, width, scales_move, scales_move == 1 ? 0 : 2);
     }
   for (const int64_t tokens : {1, 7, 513})
     for (const int64_t cols : {1, 5, 33, 200})

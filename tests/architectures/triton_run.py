@@ -14,7 +14,7 @@ import torch
 
 import lightgptq
 from lightgptq import QuantScheme
-from lightgptq.core import solver
+from lightgptq.core import windows
 from lightgptq.core.sweep import sweep_triton
 from lightgptq.quantization import job, run
 from lightgptq.quantization.calibration import CalibrationSet
@@ -25,17 +25,17 @@ RULE = r".*(layers\.0|self_attn)\..*=skip"  # a column takes the interpreter a m
 
 def main() -> None:
     """Print the shapes that were swept."""
-    model, out, windows = sys.argv[1:]
+    model, out, tokens = sys.argv[1:]
     torch.set_num_threads(1)
 
     def sweep(W: torch.Tensor, *rest: Any) -> Any:
         print("swept", *W.shape)
         return sweep_triton(W, *rest)
 
-    solver.sweep = sweep  # type: ignore[assignment]
+    windows.sweep = sweep  # type: ignore[assignment]
     run.experts_bytes = lambda max_memory, device: 1 << 30
     job.BATCH_TOKENS = 64
-    calibration = CalibrationSet(torch.load(windows), "windows", 1)
+    calibration = CalibrationSet(torch.load(tokens), "windows", 1)
     lightgptq.quantize(model, out, SCHEME, calibration=calibration, rules=(RULE,))
 
 

@@ -18,17 +18,20 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.core.triton_runs import (
     BATCH,
+    DESCENTS,
     EXPERTS,
     GRAMS,
     MISMATCHES,
     SWEEPS,
     activations,
     batch_problem,
+    descent_problem,
     experts,
     run,
     two_ways,
 )
 
+from lightgptq.core.descent import descend_torch
 from lightgptq.core.grid import Grid
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.mismatch_triton import add_mismatch_triton
@@ -97,6 +100,14 @@ def test_experts_solved_as_a_batch_have_the_codes_of_each_alone(quick: dict[Any,
     alone = [gptq(W[i], HessianFactor.build(H, EXPERTS), EXPERTS).codes for i, H in enumerate(hessians)]
     rows = [(one != other).any(dim=1).sum() for one, other in zip(alone, quick["solver"], strict=True)]
     assert sum(map(int, rows)) <= 1
+
+
+@pytest.mark.parametrize("case", DESCENTS, ids=str)
+def test_descent_takes_the_steps_of_the_reference(quick: dict[Any, Any], case: tuple[int, int, int]) -> None:
+    """In float64 no value lies near enough a rounding boundary of these problems to fall otherwise."""
+    T, G, *rest = descent_problem(*case)
+    expected = descend_torch(T.double(), G.double(), *rest)
+    assert torch.equal(quick[("descent", *case)], expected)
 
 
 def test_ties_round_to_even_and_huge_values_are_cut(quick: dict[Any, Any]) -> None:

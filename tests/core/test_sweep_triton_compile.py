@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightgptq.core import gram_triton, mismatch_triton, sweep_triton
+from lightgptq.core import descent_triton, gram_triton, mismatch_triton, sweep_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,6 +74,20 @@ def test_sweep_compiles_without_spills_and_keeps_a_row_in_a_thread(target: str, 
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_descent_compiles_without_spills_and_keeps_a_row_in_a_thread(target: str, tmp_path: Path) -> None:
+    pointers = {
+        **dict.fromkeys(("T", "G", "Inverse", "Scales", "Zeros", "Q", "D"), "*fp32"),
+        "Groups": "*i32",
+    }
+    options = {} if target.startswith("gfx") else {"maxnreg": 255}
+    kernel = descent_triton.descend_block
+    found = compile_kernel(kernel, target, pointers, SWEEP_CONSTANTS, set(), num_warps=1, **options)
+    assert spilled(found, tmp_path) == 0
+    if "ptx" in found.asm:
+        assert "shfl" not in found.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_hessian_compiles_without_spills_to_matrix_instructions(target: str, tmp_path: Path) -> None:
     pointers = {"H": "*fp32", "X": "*bf16"}
     found = compile_kernel(
@@ -126,6 +140,15 @@ def test_the_launcher_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) ->
     scales, row = torch.empty(1, 2, 33), torch.empty(1, 33)
     found = sweep_triton.sweep_block.warmup(
         *(W, U, column, scales, scales, column.int(), W.byte(), W, row, 0, 40, 40, 33, 2, 15),
+        **SWEEP_CONSTANTS,
+        grid=(2, 1),
+        num_warps=1,
+        maxnreg=255,
+        enable_fp_fusion=True,
+    )
+    assert found.metadata.maxnreg == 255
+    found = descent_triton.descend_block.warmup(
+        *(W, U, column, scales, scales, column.int(), W, W, 40, 33, 2, 15, 4),
         **SWEEP_CONSTANTS,
         grid=(2, 1),
         num_warps=1,

@@ -19,7 +19,8 @@ from tests.ops.triton_cases import give_bfloat16_arithmetic
 from tests.oracles import correlated_problem
 from torch import Tensor
 
-from lightgptq.core import solver
+from lightgptq.core import solver, windows
+from lightgptq.core.descent_triton import descend_triton
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
 from lightgptq.core.hessian import HessianFactor
@@ -47,6 +48,7 @@ SWEEPS = {
         )
     ],
 }
+DESCENTS = [(1, 1, 4), (5, 3, 2), (37, 97, 3), (33, 128, 8)]  # out, n, bits
 BATCH = ((12, 40, 3), (12, 40, 4))  # problems of one shape with other weights, factors, groups and grids
 EXPERTS = QuantScheme(group_size=32)
 MISMATCHES = [("bfloat16", 120, 150), ("float16", 70, 40), ("float16", 3, 5)]
@@ -80,6 +82,16 @@ def batch_problem() -> tuple[Tensor, Tensor, Grid, Tensor]:
     return torch.stack(weights), torch.stack(factors), grid, torch.stack(groups)
 
 
+def descent_problem(
+    out_features: int, n: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor, int, int]:
+    """T, G, codes to start from, grid, groups, largest code, cycles."""
+    T, _, grid, g_idx = problem(out_features, n, bits)
+    _, G = correlated_problem(out_features, n, seed=bits)
+    codes = torch.randint(0, 2**bits, T.shape, generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+    return T, G, codes, grid, g_idx, 2**bits - 1, 3
+
+
 def experts(device: str) -> tuple[Tensor, list[Tensor]]:
     """Three weights of one shape (3, out, in), and an H for each."""
     weights, hessians = zip(*(correlated_problem(20, 70, seed=s) for s in range(3)), strict=True)
@@ -91,11 +103,11 @@ def solver_batch(device: str) -> list[Tensor]:
     W, hessians = experts(device)
     built = HessianFactor.build_batch(hessians, EXPERTS)
     factors = [factor for factor in built if isinstance(factor, HessianFactor)]
-    before, solver.sweep = solver.sweep, sweep_triton
+    before, windows.sweep = windows.sweep, sweep_triton
     try:
         return [q.codes.cpu() for (q,) in solver.gptq_batch(W, factors, EXPERTS, parts=[20])]
     finally:
-        solver.sweep = before
+        windows.sweep = before
 
 
 def run(which: str, device: str) -> dict[Any, Any]:
@@ -115,6 +127,11 @@ def run(which: str, device: str) -> dict[Any, Any]:
     results["batch"] = solve(*batch_problem(), 15)
     ties = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e12]]) * 0.25
     grid = Grid(torch.full((1, 1), 0.25), torch.full((1, 1), 4, dtype=torch.int32))
+    for case in DESCENTS:
+        T, G, codes, own, g_idx, *rest = descent_problem(*case)
+        moved = Grid(own.scales.to(device), own.zeros.to(device))
+        tensors = (T.to(device), G.to(device), codes.to(device), moved, g_idx.to(device))
+        results[("descent", *case)] = descend_triton(*tensors, *rest).cpu()
     results["ties"] = solve(ties, torch.eye(7), grid, torch.zeros(7, dtype=torch.int32), 15)
     results["solver"] = solver_batch(device)
     for dtype, tokens, in_features in GRAMS:

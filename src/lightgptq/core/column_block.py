@@ -43,6 +43,11 @@ class ColumnBlock:
         """`indices`, or the slice that they are."""
         return as_slice(self.indices)
 
+    @cached_property
+    def ordered_H(self) -> Tensor:
+        """`H` with rows and columns in solving order."""
+        return self.H[self.factor.perm][:, self.factor.perm].contiguous()
+
     @property
     def U(self) -> Tensor:
         """Float32 (n, n), ``H^-1 = U^T U`` with the columns in the order of `indices`."""

@@ -20,7 +20,10 @@ class Compensation:
 
     def __init__(self, W: Tensor, U: Tensor, reach: int) -> None:
         self.W, self.U, self.reach = W.clone(), U, reach
-        self.first, self.near = 0, PANEL + reach  # where the panel begins, up to where columns are kept up to date
+        self.first, self.near = (
+            0,
+            PANEL + reach,
+        )  # where the panel begins, up to where columns are kept up to date
         self.errors = torch.empty(*W.shape[:-1], PANEL + reach, dtype=W.dtype, device=W.device)
 
     def columns(self, start: int, end: int) -> Tensor:

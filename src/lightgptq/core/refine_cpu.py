@@ -31,7 +31,7 @@ def refine_cpu(
     g_idx: Tensor,
     blocks: Sequence[tuple[Tensor, Tensor]],
     max_code: int,
-    cycles: int,
+    cycles: int = 0,
     *,
     scales_move: bool,
     zeros_move: bool = False,

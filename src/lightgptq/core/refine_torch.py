@@ -15,7 +15,8 @@ from torch import Tensor
 from lightgptq.core.column_block import ColumnBlock, as_slice, part_of
 from lightgptq.core.descent import descend
 from lightgptq.core.grid import Grid, dequantize_codes, round_scales
-from lightgptq.core.sweep import sweep
+from lightgptq.core.refine_cpu import WIDEST_BLOCK
+from lightgptq.core.windows import sweep_windows
 
 BLOCKS_AT_ONCE = 4  # blocks whose columns of (W - Q) H are computed in one product
 # Rows that go through a few blocks before the next ones do. On a CPU what a block takes of so many stays in cache; on a
@@ -40,7 +41,7 @@ def refine_torch(
     W, H    float32 (out, in) and (in, in), H symmetric; not modified
     codes   uint8 (out, in), changed in place, as the grid's scales and zeros (groups, out) are
     g_idx   int (in,)
-    cycles  of coordinate descent after a block's sweep
+    cycles  of coordinate descent after a block's sweep, or in the windows of a block of more than `WIDEST_BLOCK`
     blocks  those that are a group have its scale refitted; with zeros_move its zero is moved as well
 
     What a block needs of ``(W - Q) H`` is computed when its turn comes: one product with H in all. Returns by how much
@@ -144,12 +145,12 @@ def _proposals(
     ``d^2 z H z - 2 d z (R - H m)``.
     """
     alone, perm = block.group is not None, block.factor.perm
-    curvature = block.H[perm][:, perm].contiguous()
     for shift in (0, -1, 1) if alone and zeros_move else (0,):
         tried = Grid(grid.scales, (grid.zeros + shift).clamp(1, max_code) if shift else grid.zeros)
-        codes, _ = sweep(ordered, block.factor.U, tried, g_idx[perm], max_code)
-        if cycles:
-            codes = descend(ordered, curvature, codes, tried, g_idx[perm], max_code, cycles)
+        wide = cycles if len(perm) > WIDEST_BLOCK else 0
+        codes, _ = sweep_windows(ordered, block.factor.U, tried, g_idx[perm], max_code, wide)
+        if cycles > wide:
+            codes = descend(ordered, block.ordered_H, codes, tried, g_idx[perm], max_code, cycles)
         codes = codes[:, block.inverse]
         move = dequantize_codes(codes, tried, g_idx) - Q
         left = torch.addmm(R, move, block.H, alpha=-1)

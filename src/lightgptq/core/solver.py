@@ -120,9 +120,7 @@ def gptq_batch(
     perm = torch.stack([factor.perm for factor in factors])
     ordered = W.gather(2, perm.unsqueeze(1).expand_as(W))
     U = torch.stack([factor.U for factor in factors])
-    codes, loss = sweep_windows(
-        ordered, U, grid, g_idx[perm], scheme.max_code, scheme.descent, block_size
-    )
+    codes, loss = sweep_windows(ordered, U, grid, g_idx[perm], scheme.max_code, scheme.descent, block_size)
     del ordered, U
     results = []
     for i, factor in enumerate(factors):

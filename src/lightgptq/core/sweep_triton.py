@@ -34,7 +34,7 @@ ROUNDER = 12582912.0
 
 
 @triton.jit
-def _operands(
+def operands(
     U: tl.tensor,
     Inverse: tl.tensor,
     Scales: tl.tensor,
@@ -121,12 +121,12 @@ def sweep_block(
                 w -= u[:, None] * e[None, :]
         last = tl.minimum(part + PART, end) - 1
         group = tl.load(Groups + tl.minimum(part + 1, last))
-        scale, zero, inverse, u = _operands(
+        scale, zero, inverse, u = operands(
             U, Inverse, Scales, Zeros, part, tl.load(Groups + part), cols, end, in_stride, out_stride, inside
         )
         for column in range(part, last + 1):
             following = tl.minimum(column + 1, last)
-            next_scale, next_zero, next_inverse, next_u = _operands(
+            next_scale, next_zero, next_inverse, next_u = operands(
                 U, Inverse, Scales, Zeros, following, group, cols, end, in_stride, out_stride, inside
             )
             group = tl.load(Groups + tl.minimum(column + 2, last))

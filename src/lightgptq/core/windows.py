@@ -40,7 +40,9 @@ def sweep_windows(
         return codes, loss
     curvatures = [_curvature(U[start:end, start:end])[1] for start, end, _ in windows(W.shape[1])]
     return sweep_cpu(
-        *(library, W.contiguous(), U.contiguous(), grid, g_idx, max_code), cycles=cycles, curvatures=curvatures
+        *(library, W.contiguous(), U.contiguous(), grid, g_idx, max_code),
+        cycles=cycles,
+        curvatures=curvatures,
     )
 
 
