@@ -19,7 +19,7 @@ def test_presets_are_valid_and_ordered_by_effort(bits):
         for s, name in zip(schemes, PRESETS, strict=True)
     ]
     assert efforts == sorted(efforts)
-    assert efforts[0] == (0.0, 1 if bits <= 3 else 0, 0, 0)
+    assert efforts[0] == (0.0, 1 if bits <= 2 else 0, 0, 0)
     for scheme in schemes:
         assert (scheme.bits, scheme.group_size, scheme.sym, scheme.method) == (bits, 32, True, "gptq")
         assert not scheme.permuted_groups  # g_idx stays trivial, so fast kernels stay usable

@@ -74,7 +74,7 @@ def test_dynamic_groups_match_the_oracle_on_the_grids_they_found(group_size, act
 def test_group_aware_order_keeps_neighbours_together_and_matches_the_oracle(
     group_size, panel, sym, monkeypatch
 ):
-    monkeypatch.setattr("lightgptq.core.solver.PANEL", panel)
+    monkeypatch.setattr("lightgptq.core.compensation.PANEL", panel)
     scheme = paper_scheme(bits=2, group_size=group_size, sym=sym, static_groups=False, group_aware=True)
     W, H = correlated_problem(40, 45, seed=6, dead=2)
     factor = HessianFactor.build(H, scheme)

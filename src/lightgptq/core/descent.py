@@ -1,9 +1,9 @@
 """Coordinate descent over the codes of a block of columns, towards real values that it should stand for.
 
-Rounding column after column, as the sweep does, is greedy: a code is never looked at again. Here each takes, in turn and
-a few times over, the value that is best given all others of its block. With ``D = T - Q`` and the block's curvature G the
-loss of a row is ``d G d``; alone ``q_j`` would best be ``q_j + (d G)_j / G_jj``, and the grid point nearest to that is
-taken, so no step increases the loss.
+Rounding column after column, as the sweep does, is greedy: a code is never looked at again. Here each takes, in turn
+and a few times over, the value that is best given all others of its block. With ``D = T - Q`` and the block's curvature
+G the loss of a row is ``d G d``; alone ``q_j`` would best be ``q_j + (d G)_j / G_jj``, and the grid point nearest to
+that is taken, so no step increases the loss.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ DEFAULT_PRESET = "balanced"
 # Of the mean diagonal: on texts unlike the calibration text better than the paper's 0.01, on it not worse; at two bits
 # 0.1 is 2 % better there and 1 % worse on the calibration text.
 DAMP, DAMP_OF_TWO_BITS = 0.05, 0.1
+DESCENT_CYCLES = 4  # two are 2 % worse at three bits, more find nothing
 TUNE_STEPS = 40
 DISTILL_STEPS = 240
 
@@ -31,10 +32,10 @@ def order_fields(bits: int) -> dict[str, bool]:
 def preset_fields(name: str, bits: int) -> dict[str, Any]:
     """Fields of ``QuantScheme`` that a preset sets for a bit width; everything else stays the user's.
 
-    ``fast``      the scale search, which eight bits are better without, and up to three bits one pass of refinement:
-                  about the time of plain GPTQ.
+    ``fast``      the scale search, which eight bits are better without, coordinate descent over the codes, and at two
+                  bits one pass of refinement: about the time of plain GPTQ.
     ``balanced``  the original model goes along with every fourth batch to correct the input mismatch, not by all of it,
-                  since so few tokens know it only roughly; two passes of refinement, four at two bits, where they
+                  since so few tokens know it only roughly; two passes of refinement, three at two bits, where they
                   still gain.
     ``best``      the original goes along with all batches, four passes of refinement; at two and three bits codes and
                   scales of each block are then trained on its output; `distill_steps` come on top.
@@ -47,11 +48,12 @@ def preset_fields(name: str, bits: int) -> dict[str, Any]:
         **order_fields(bits),
         "scale_search": "minmax" if bits == 8 else "hessian",
         "damp": DAMP if bits > 2 else DAMP_OF_TWO_BITS,
+        "descent": DESCENT_CYCLES,
     }
     if name == "fast":
-        return fields | {"mismatch": 0.0, "refine": 1 if bits <= 3 else 0, "tune": 0}
+        return fields | {"mismatch": 0.0, "refine": 1 if bits <= 2 else 0, "tune": 0}
     if name == "balanced":
-        return fields | {"mismatch": 0.7, "mismatch_every": 4, "refine": 4 if bits <= 2 else 2, "tune": 0}
+        return fields | {"mismatch": 0.7, "mismatch_every": 4, "refine": 3 if bits <= 2 else 2, "tune": 0}
     return fields | {
         "mismatch": 1.0,
         "mismatch_every": 1,

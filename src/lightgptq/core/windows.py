@@ -1,10 +1,10 @@
 """The sweep with a look ahead: codes are searched for in windows of columns of which the first half is kept.
 
 A window's columns are rounded one after the other by the sweep and then improved together by coordinate descent. What
-decides inside a window B is ``d (U_BB^T U_BB)^-1 d`` with ``d = t - q``, the loss that is left once all columns after the
-window have been compensated. The first half of the window is fixed, its errors ``E = D U^-1`` are pushed onto all later
-columns as in the sweep, and the next window begins with the second half: so every column is chosen in sight of those
-that follow it. The loss is the sweep's own, ``|e|^2`` row by row (GPTQ, arXiv 2210.17323, Algorithm 1).
+decides inside a window B is ``d (U_BB^T U_BB)^-1 d`` with ``d = t - q``, the loss that is left once all columns after
+the window have been compensated. The first half of the window is fixed, its errors ``E = D U^-1`` are pushed onto all
+later columns as in the sweep, and the next window begins with the second half: so every column is chosen in sight of
+those that follow it. The loss is the sweep's own, ``|e|^2`` row by row (GPTQ, arXiv 2210.17323, Algorithm 1).
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightgptq.core.compensation import PANEL
 from lightgptq.core.refine import BLOCK_COLUMNS
 from lightgptq.core.refine_torch import BLOCKS_AT_ONCE
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.sweep_cpu import WINDOW
 from lightgptq.quantization.groups import LinearGroup, Probe
 from lightgptq.quantization.siblings import Item
 from lightgptq.quantization.writeback import WAITING_BYTES
@@ -17,6 +19,8 @@ from lightgptq.quantization.writeback import WAITING_BYTES
 # Copies of the weights that are solved together, in bytes per weight: two of them joined in solving order and
 # transposed, codes, what was rounded and its error; refinement holds targets and errors as well. Measured.
 BYTES_PER_WEIGHT, BYTES_PER_WEIGHT_REFINED = 22, 38
+# Of a window's columns: weights, targets, values, scales, zeros, indices. Counted.
+COPIES_OF_WINDOW = 16
 # Training a block: targets and codes, positions with their gradient and Adam's two averages, a weight's way from
 # position to product and back; and for each token and end of a linear what the way back needs, in values. Measured.
 BYTES_PER_WEIGHT_TUNED, VALUES_PER_END_TUNED = 38, 1.5
@@ -29,7 +33,8 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
 
     The matrices are H, its flipped copy and the factor (or H, the factor and the factor's copy), with a corrected
     mismatch M, and H of its tokens where they are not all, and while refining the damped H. Refinement keeps H and its
-    factor for each of its blocks, of groups and shuffled ones, and the columns of H that are solved at a time.
+    factor for each of its blocks, of groups and shuffled ones, and the columns of H that are solved at a time. Descent
+    holds copies of a window's columns and the errors of a panel.
 
     width    of the input
     weights  of all linears that are solved as one
@@ -41,7 +46,10 @@ def workspace_bytes(width: int, weights: int, schemes: Iterable[QuantScheme]) ->
     blocks = 2 * min(BLOCK_COLUMNS, width) if refined else 0
     if refined and width > BLOCK_COLUMNS:
         blocks += 2 * BLOCK_COLUMNS + min(BLOCKS_AT_ONCE * BLOCK_COLUMNS, width)
-    return 4 * ((3 + corrected + partly + refined) * width + blocks) * width + per_weight * weights
+    searched = any(s.descent for s in schemes)
+    columns = PANEL + WINDOW + COPIES_OF_WINDOW * min(WINDOW, width) if searched else 0
+    matrices = 4 * ((3 + corrected + partly + refined) * width + blocks) * width
+    return matrices + per_weight * weights + 4 * columns * (weights // width)
 
 
 def tuning_bytes(linears: Collection[nn.Linear], tokens: int) -> int:
