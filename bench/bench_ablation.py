@@ -29,6 +29,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "damping": {"damp": 0.01},
     "scale search": {"scale_search": "minmax"},
     "mismatch": {"mismatch": 0.0, "mismatch_every": 1},
+    "descent": {"descent": 0},
     "refinement": {"refine": 0},
 }
 

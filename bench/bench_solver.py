@@ -1,7 +1,7 @@
-"""The native solver against PyTorch on the same machine in the same minute: sweep, refinement, Hessian, factor, OBQ.
+"""The native solver against PyTorch on the same machine in the same minute.
 
-    python -m bench.bench_solver [--only sweep,refine,gram,grid,factor,obq,layer] [--shapes 4096x4096,...] [--repeats 5]
-        [--quick] [--one-core] [--no-loop] [--gptqmodel PYTHON] [--no-append]
+    python -m bench.bench_solver [--only sweep,search,refine,gram,grid,factor,obq,layer] [--shapes 4096x4096,...]
+        [--repeats 5] [--quick] [--one-core] [--no-loop] [--gptqmodel PYTHON] [--no-append]
 
 ``--gptqmodel`` names a Python that has GPTQModel installed, whose solver is then timed for a whole layer, too.
 ``--one-core`` counts the processor time of a single thread instead of wall time: for machines that are busy.
@@ -14,40 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.record import append
+from bench.rounds import How, quantiles, ratios
+from bench.solver_codes import PROBE_ROWS, bench_refine, bench_search, bench_sweep, sweep_problem
 from lightgptq import native
-from lightgptq.core.column_block import ColumnBlock, column_blocks
 from lightgptq.core.gram_cpu import add_gram_cpu
 from lightgptq.core.grid import Grid, fit_grid
 from lightgptq.core.hessian import HessianAccumulator, HessianFactor, add_gram_torch
 from lightgptq.core.obq import obq_torch
 from lightgptq.core.obq_cpu import obq_cpu
-from lightgptq.core.refine_cpu import refine_cpu
-from lightgptq.core.refine_torch import refine_torch
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.core.solver import gptq
-from lightgptq.core.sweep import sweep_torch
 from lightgptq.core.sweep_cpu import sweep_cpu
 from lightgptq.native import NativeLibrary
 
 SHAPES = "4096x4096,14336x4096,4096x14336"
-PROBE_ROWS = 2048
 TOKENS = 2048
 
 
 def main() -> None:
     """Run the chosen parts, print each line and append it to bench/results/solver.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="sweep,refine,gram,grid,factor,obq,layer")
+    parser.add_argument("--only", default="sweep,search,refine,gram,grid,factor,obq,layer")
     parser.add_argument("--shapes", default=SHAPES, help="out x in, for the sweep and whole layers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gptqmodel", type=Path, help="a Python with GPTQModel, for whole layers")
@@ -63,6 +57,7 @@ def main() -> None:
         raise SystemExit("the native library was not built")
     parts = {
         "sweep": bench_sweep,
+        "search": bench_search,
         "refine": bench_refine,
         "gram": bench_gram,
         "grid": bench_grid,
@@ -87,147 +82,6 @@ def main() -> None:
             print(line, flush=True)
             if not options.no_append:
                 append("solver", line)
-
-
-@dataclass(frozen=True)
-class How:
-    """How to measure: shapes, rounds, small sizes, the loop over columns, processor time of one thread, a peer."""
-
-    shapes: list[tuple[int, int]]
-    repeats: int
-    quick: bool
-    loop: bool
-    one_core: bool
-    gptqmodel: Path | None
-
-    def clock(self) -> float:
-        """Seconds since some moment."""
-        return time.thread_time() if self.one_core else time.perf_counter()
-
-    def interleave(self, candidates: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """Seconds of each candidate, one after the other in every round; the first round warms up."""
-        seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(self.repeats + 1):
-            for name, run in candidates.items():
-                started = self.clock()
-                run()
-                seconds[name].append(self.clock() - started)
-        return {name: times[1:] for name, times in seconds.items()}
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80, four significant digits."""
-    ordered = torch.tensor(values, dtype=torch.float64)
-    return {f"p{p}": float(f"{float(ordered.quantile(p / 100)):.4g}") for p in (20, 50, 80)}
-
-
-def ratios(of: list[float], to: list[float]) -> dict[str, float]:
-    """Quantiles of the ratio of two candidates' times round by round, so that a slow minute hits both."""
-    return quantiles([a / b for a, b in zip(of, to, strict=True)])
-
-
-def sweep_problem(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Grid, Tensor]:
-    """Random weights, a well-conditioned upper factor, a 4-bit grid of group 128."""
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(out_features, in_features, generator=generator)
-    U = torch.randn(in_features, in_features, generator=generator).triu_(1).mul_((2 * in_features) ** -0.5)
-    U.diagonal().copy_(1 + torch.rand(in_features, generator=generator))
-    groups = -(-in_features // 128)
-    scales = torch.full((groups, out_features), 0.375)
-    zeros = torch.full((groups, out_features), 8, dtype=torch.int32)
-    return W, U, Grid(scales, zeros), torch.arange(in_features, dtype=torch.int32) // 128
-
-
-def bench_sweep(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
-    """``out in^2`` operations per sweep (in^2 / 2 multiply-adds a row) beside torch's product of the same matrices."""
-    for out_features, in_features in how.shapes:
-        W, U, grid, g_idx = sweep_problem(out_features, in_features)
-        rows = min(128, out_features)
-        part = Grid(grid.scales[:, :rows].contiguous(), grid.zeros[:, :rows].contiguous())
-        expected, _ = sweep_torch(W[:rows], U, part, g_idx, 15)
-        codes, _ = sweep_cpu(library, W, U, grid, g_idx, 15)
-        different_rows = int((codes[:rows] != expected).any(dim=1).sum())
-        wide = U[:, :4096].contiguous()
-        seconds = how.interleave(
-            {
-                "sweep": lambda: sweep_cpu(library, W, U, grid, g_idx, 15),  # noqa: B023
-                "matmul": lambda: W[:PROBE_ROWS] @ wide,  # noqa: B023
-            }
-        )
-        work = out_features * in_features**2
-        rate = [work / s / 1e9 for s in seconds["sweep"]]
-        probe_work = 2 * min(PROBE_ROWS, out_features) * in_features * wide.shape[1]
-        probe = [probe_work / s / 1e9 for s in seconds["matmul"]]
-        line: dict[str, Any] = {
-            "bench": "sweep",
-            "shape": [out_features, in_features],
-            "rows_compared": rows,
-            "rows_with_other_codes": different_rows,
-            "seconds": quantiles(seconds["sweep"]),
-            "gflops": quantiles(rate),
-            "torch_matmul_gflops": quantiles(probe),
-            "fraction_of_matmul": ratios(rate, probe),
-        }
-        for name, block in {"eager": in_features, "blocked": 128}.items() if how.loop else ():
-            # Once, with a sweep right after it: a loop takes minutes at the larger shapes.
-            started = how.clock()
-            sweep_torch(W, U, grid, g_idx, 15, block)
-            middle = how.clock()
-            sweep_cpu(library, W, U, grid, g_idx, 15)
-            line[f"{name}_loop_seconds"] = round(middle - started, 2)
-            line[f"times_faster_than_{name}_loop"] = round((middle - started) / (how.clock() - middle), 1)
-        yield line
-
-
-def refine_problem(
-    out_features: int, in_features: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor, list[ColumnBlock]]:
-    """Random weights, correlated inputs' H, codes of a sweep at 2 bits, their grid, g_idx and the groups as blocks."""
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(out_features, in_features, generator=generator) * 0.02
-    X = torch.randn(2 * in_features, in_features, generator=generator)
-    X = X + 0.5 * X.roll(1, dims=1)
-    H = (X.t() @ X) / len(X)
-    scheme = QuantScheme(bits=2, group_size=width)
-    solved = gptq(W, HessianFactor.build(H, scheme), scheme)
-    grid = Grid(solved.scales.float(), solved.zeros)
-    blocks = column_blocks(H, torch.arange(in_features).split(width), scheme, groups=True)
-    return W, H, solved.codes, grid, solved.g_idx, blocks
-
-
-def bench_refine(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
-    """A pass over all groups beside the product ``W H``, ``2 out in^2`` operations, that it cannot do without."""
-    for out_features, in_features in how.shapes:
-        for width in (128, 32):
-            W, H, codes, grid, g_idx, blocks = refine_problem(out_features, in_features, width)
-            ordered = [(block.solving_order, block.factor.U) for block in blocks]
-
-            def native_pass() -> tuple[Tensor, Tensor]:
-                own, own_grid = codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())  # noqa: B023
-                return own, refine_cpu(library, W, H, own, own_grid, g_idx, ordered, 3, scales_move=True)  # noqa: B023
-
-            def torch_pass() -> tuple[Tensor, Tensor]:
-                own, own_grid = codes.clone(), Grid(grid.scales.clone(), grid.zeros.clone())  # noqa: B023
-                return own, refine_torch(W, H, own, own_grid, g_idx, blocks, 3)  # noqa: B023
-
-            (found, gained), (expected, gained_by_torch) = native_pass(), torch_pass()
-            seconds = how.interleave(
-                {"native": native_pass, "torch": torch_pass, "matmul": lambda: W @ H}  # noqa: B023
-            )
-            yield {
-                "bench": "refine",
-                "shape": [out_features, in_features],
-                "group_size": width,
-                "rows_with_other_codes": int((found != expected).any(dim=1).sum()),
-                "loss_lost": [round(float(part.sum()), 4) for part in (gained, gained_by_torch)],
-                "seconds": quantiles(seconds["native"]),
-                "torch_seconds": quantiles(seconds["torch"]),
-                "torch_matmul_gflops": quantiles(
-                    [2e-9 * out_features * in_features**2 / s for s in seconds["matmul"]]
-                ),
-                "fraction_of_matmul": ratios(seconds["matmul"], seconds["native"]),
-                "times_faster": ratios(seconds["torch"], seconds["native"]),
-            }
 
 
 def bench_gram(library: NativeLibrary, how: How) -> Iterator[dict[str, Any]]:
