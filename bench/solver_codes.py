@@ -15,10 +15,10 @@ from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.refine_cpu import refine_cpu
 from lightgptq.core.refine_torch import refine_torch
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.search import sweep_windows, sweep_windows_torch
 from lightgptq.core.solver import gptq
 from lightgptq.core.sweep import sweep_torch
 from lightgptq.core.sweep_cpu import sweep_cpu
-from lightgptq.core.windows import sweep_windows, sweep_windows_torch
 from lightgptq.native import NativeLibrary
 
 PROBE_ROWS = 2048

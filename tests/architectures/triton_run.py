@@ -14,7 +14,7 @@ import torch
 
 import lightgptq
 from lightgptq import QuantScheme
-from lightgptq.core import windows
+from lightgptq.core import search
 from lightgptq.core.sweep import sweep_triton
 from lightgptq.quantization import job, run
 from lightgptq.quantization.calibration import CalibrationSet
@@ -32,7 +32,7 @@ def main() -> None:
         print("swept", *W.shape)
         return sweep_triton(W, *rest)
 
-    windows.sweep = sweep  # type: ignore[assignment]
+    search.sweep = sweep  # type: ignore[assignment]
     run.experts_bytes = lambda max_memory, device: 1 << 30
     job.BATCH_TOKENS = 64
     calibration = CalibrationSet(torch.load(tokens), "windows", 1)

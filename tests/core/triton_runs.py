@@ -19,7 +19,7 @@ from tests.ops.triton_cases import give_bfloat16_arithmetic
 from tests.oracles import correlated_problem
 from torch import Tensor
 
-from lightgptq.core import solver, windows
+from lightgptq.core import search, solver
 from lightgptq.core.descent_triton import descend_triton
 from lightgptq.core.gram_triton import add_gram_triton
 from lightgptq.core.grid import Grid
@@ -103,11 +103,11 @@ def solver_batch(device: str) -> list[Tensor]:
     W, hessians = experts(device)
     built = HessianFactor.build_batch(hessians, EXPERTS)
     factors = [factor for factor in built if isinstance(factor, HessianFactor)]
-    before, windows.sweep = windows.sweep, sweep_triton
+    before, search.sweep = search.sweep, sweep_triton
     try:
         return [q.codes.cpu() for (q,) in solver.gptq_batch(W, factors, EXPERTS, parts=[20])]
     finally:
-        windows.sweep = before
+        search.sweep = before
 
 
 def run(which: str, device: str) -> dict[Any, Any]:

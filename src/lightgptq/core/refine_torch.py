@@ -16,7 +16,7 @@ from lightgptq.core.column_block import ColumnBlock, as_slice, part_of
 from lightgptq.core.descent import descend
 from lightgptq.core.grid import Grid, dequantize_codes, round_scales
 from lightgptq.core.refine_cpu import WIDEST_BLOCK
-from lightgptq.core.windows import sweep_windows
+from lightgptq.core.search import sweep_windows
 
 BLOCKS_AT_ONCE = 4  # blocks whose columns of (W - Q) H are computed in one product
 # Rows that go through a few blocks before the next ones do. On a CPU what a block takes of so many stays in cache; on a

@@ -33,7 +33,7 @@ class QuantScheme:
                   weights are corrected for before the sweep; takes a second forward of the calibration set.
     mismatch_every  that difference is measured on every n-th calibration batch, which divides its price by n.
     descent       cycles of coordinate descent over every window of columns in the sweep, and over every block that
-                  refinement solves; see core/windows.py. 0: columns are rounded one after the other, as in the paper.
+                  refinement solves; see core/search.py. 0: columns are rounded one after the other, as in the paper.
     refine        passes of block descent over codes and scales after the sweep, none of which increases the loss; see
                   `refine` in core/refine.py.
     tune          gradient steps that train codes and scales of the whole decoder block on its output after that

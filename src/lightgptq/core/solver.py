@@ -13,8 +13,8 @@ from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.refine import refine
 from lightgptq.core.rtn import quadratic_loss
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.search import sweep_windows
 from lightgptq.core.types import QuantizedWeight
-from lightgptq.core.windows import sweep_windows
 from lightgptq.errors import QuantizationError
 
 

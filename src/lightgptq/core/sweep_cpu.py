@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lightgptq.core.grid import Grid
+from lightgptq.core.windows import windows
 from lightgptq.errors import UsageError
 from lightgptq.native import NativeLibrary
 
-# Columns of a window of the search, and how many of them are kept: LGQ_WINDOW, LGQ_KEPT.
-WINDOW, KEPT = 128, 64
 _ARGUMENTS: Any = [
     *[c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64],  # W, its stride, U, its stride, out, in
     *[c_void_p, c_void_p, c_int64, c_void_p, c_int32],  # scales, zeros, groups, g_idx, max_code
@@ -90,13 +89,6 @@ def sweep_cpu(
     )
     library.check(status, f"GPTQ sweep of a {out_features} x {in_features} weight, {groups} groups")
     return codes, loss.float()
-
-
-def windows(in_features: int) -> list[tuple[int, int, int]]:
-    """Of each window of the search its first column, its end, and the end of what is kept."""
-    count = 1 + max(0, -(-(in_features - WINDOW) // KEPT))
-    ends = ((start, min(start + WINDOW, in_features)) for start in range(0, count * KEPT, KEPT))
-    return [(start, end, end if end == in_features else start + KEPT) for start, end in ends]
 
 
 def _require_rows(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from lightgptq.core.compensation import PANEL
 from lightgptq.core.refine import BLOCK_COLUMNS
 from lightgptq.core.refine_torch import BLOCKS_AT_ONCE
 from lightgptq.core.scheme import QuantScheme
-from lightgptq.core.sweep_cpu import WINDOW
+from lightgptq.core.windows import WINDOW
 from lightgptq.quantization.groups import LinearGroup, Probe
 from lightgptq.quantization.siblings import Item
 from lightgptq.quantization.writeback import WAITING_BYTES

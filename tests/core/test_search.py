@@ -12,10 +12,11 @@ from lightgptq.core.descent import descend
 from lightgptq.core.grid import Grid, dequantize_codes
 from lightgptq.core.hessian import HessianFactor
 from lightgptq.core.scheme import QuantScheme
+from lightgptq.core.search import sweep_windows, sweep_windows_torch
 from lightgptq.core.solver import gptq, gptq_batch
 from lightgptq.core.sweep import sweep
-from lightgptq.core.sweep_cpu import sweep_cpu, windows
-from lightgptq.core.windows import sweep_windows, sweep_windows_torch
+from lightgptq.core.sweep_cpu import sweep_cpu
+from lightgptq.core.windows import windows
 from lightgptq.errors import UsageError
 from lightgptq.native import NativeLibrary
 
