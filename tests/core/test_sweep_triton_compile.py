@@ -30,6 +30,14 @@ SWEEP_POINTERS = {
     "Codes": "*u8",
 }
 SWEEP_CONSTANTS = {name: getattr(sweep_triton, name) for name in ("ROWS", "PART", "AHEAD", "ROUNDER")}
+DESCENT_POINTERS = {
+    **dict.fromkeys(("T", "G", "Inverse", "Scales", "Zeros", "Q", "D"), "*fp32"),
+    "Groups": "*i32",
+}
+BY_ROWS = {
+    "sweep": (sweep_triton.sweep_block, SWEEP_POINTERS),
+    "descent": (descent_triton.descend_block, DESCENT_POINTERS),
+}
 MISMATCH_CONSTANTS = {"TILE": mismatch_triton.TILE, "TOKENS": mismatch_triton.TOKENS}
 GRAM_CONSTANTS = {"TILE": gram_triton.TILE, "TOKENS": gram_triton.TOKENS}
 
@@ -63,27 +71,14 @@ def spilled(found: Any, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_sweep_compiles_without_spills_and_keeps_a_row_in_a_thread(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "pointers"), BY_ROWS.values(), ids=BY_ROWS)
+def test_kernels_compile_without_spills_and_keep_a_row_in_a_thread(
+    kernel: Any, pointers: dict[str, str], target: str, tmp_path: Path
+) -> None:
     options = {} if target.startswith("gfx") else {"maxnreg": 255}
-    found = compile_kernel(
-        sweep_triton.sweep_block, target, SWEEP_POINTERS, SWEEP_CONSTANTS, set(), num_warps=1, **options
-    )
-    assert spilled(found, tmp_path) == 0
-    if "ptx" in found.asm:  # a column's sum over the tile must not cross threads
-        assert "shfl" not in found.asm["ptx"]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_descent_compiles_without_spills_and_keeps_a_row_in_a_thread(target: str, tmp_path: Path) -> None:
-    pointers = {
-        **dict.fromkeys(("T", "G", "Inverse", "Scales", "Zeros", "Q", "D"), "*fp32"),
-        "Groups": "*i32",
-    }
-    options = {} if target.startswith("gfx") else {"maxnreg": 255}
-    kernel = descent_triton.descend_block
     found = compile_kernel(kernel, target, pointers, SWEEP_CONSTANTS, set(), num_warps=1, **options)
     assert spilled(found, tmp_path) == 0
-    if "ptx" in found.asm:
+    if "ptx" in found.asm:  # a column's sum over the tile must not cross threads
         assert "shfl" not in found.asm["ptx"]
 
 

@@ -37,8 +37,7 @@ def descend(
     if T.is_cuda and descend_triton is not None:
         return descend_triton(T, G, codes, grid, g_idx, max_code, cycles)
     if T.dim() == 3:
-        grids = (Grid(*own) for own in zip(grid.scales, grid.zeros, strict=True))
-        blocks = zip(T, G, codes, grids, g_idx, strict=True)
+        blocks = zip(T, G, codes, grid.each(), g_idx, strict=True)
         return torch.stack([descend_torch(*one, max_code, cycles) for one in blocks])
     return descend_torch(T, G, codes, grid, g_idx, max_code, cycles)
 

@@ -42,6 +42,10 @@ class Grid:
     scales: Tensor
     zeros: Tensor
 
+    def each(self) -> list[Grid]:
+        """The grids of a batch, where scales and zeros are (batch, groups, out)."""
+        return [Grid(*own) for own in zip(self.scales, self.zeros, strict=True)]
+
 
 def trivial_g_idx(in_features: int, scheme: QuantScheme, device: torch.device | str = "cpu") -> Tensor:
     """Group of each input when groups are runs of neighbours: ``i // group_size``, int32 (in,)."""

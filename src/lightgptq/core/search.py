@@ -35,8 +35,7 @@ def sweep_windows(
     if library is None:
         return sweep_windows_torch(W, U, grid, g_idx, max_code, cycles, block_size)
     if W.dim() == 3:
-        grids = (Grid(*own) for own in zip(grid.scales, grid.zeros, strict=True))
-        solved = [sweep_windows(*one, max_code, cycles) for one in zip(W, U, grids, g_idx, strict=True)]
+        solved = [sweep_windows(*one, max_code, cycles) for one in zip(W, U, grid.each(), g_idx, strict=True)]
         codes, loss = (torch.stack(part) for part in zip(*solved, strict=True))
         return codes, loss
     curvatures = [curvature(U[start:end, start:end])[1] for start, end, _ in windows(W.shape[1])]

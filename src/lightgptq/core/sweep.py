@@ -42,8 +42,7 @@ def sweep(
     if W.is_cuda and sweep_triton is not None:
         return sweep_triton(W, U, grid, g_idx, max_code, block_size)
     if W.dim() == 3:
-        grids = (Grid(*own) for own in zip(grid.scales, grid.zeros, strict=True))
-        solved = [sweep(*one, max_code, block_size) for one in zip(W, U, grids, g_idx, strict=True)]
+        solved = [sweep(*one, max_code, block_size) for one in zip(W, U, grid.each(), g_idx, strict=True)]
         codes, loss = (torch.stack(part) for part in zip(*solved, strict=True))
         return codes, loss
     library = native.load() if W.device.type == "cpu" and W.dtype == torch.float32 else None
