@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import lightgptq
-from lightgptq.cli.app import app
+from lightgptq.cli.app import program
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "pep-llama-6m"
@@ -51,7 +51,7 @@ def test_python_examples_run(
 
 @pytest.mark.parametrize("page", [p for p in PAGES if command_lines(p)], ids=lambda p: p.name)
 def test_command_lines_name_real_commands_and_options(page: Path) -> None:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(program())
     commands = {
         name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)}
         for name, c in group.commands.items()
@@ -64,7 +64,7 @@ def test_command_lines_name_real_commands_and_options(page: Path) -> None:
 
 
 def test_the_options_in_the_readme_table_exist() -> None:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(program())
     known = {o for c in group.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
     named = set(re.findall(r"`(--[a-z-]+)", (ROOT / "README.md").read_text()))
     assert named <= known | {"--debug"}, named - known

@@ -1,40 +1,49 @@
 """The ``lightgptq`` program: options, exit codes, and errors as one line.
 
-Exit code 0 is success, 1 failure, 2 wrong usage.
+Exit code 0 is success, 1 failure, 2 wrong usage. Commands import what they work with when they run: torch and
+Transformers take seconds, which help and a wrong option need not wait for.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from functools import wraps
 
-import huggingface_hub
-import transformers
 import typer
 from rich.console import Console
 
 from lightgptq.cli import compare, evaluate, export, generate, info, push, quantize, rotate
 from lightgptq.errors import LightGPTQError, UsageError
 
-app = typer.Typer(
-    name="lightgptq",
-    help="Quantize Hugging Face language models with GPTQ, measure what it cost, and run the result. "
-    "With --debug, any command shows the traceback of an error.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize.command,
+    "rotate": rotate.command,
+    "eval": evaluate.command,
+    "compare": compare.command,
+    "generate": generate.command,
+    "info": info.command,
+    "export": export.command,
+    "push": push.command,
+}
 # Typer carries its own copy of click, whose base of all usage errors it exports only through this descendant.
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
-app.command("quantize")(quantize.command)
-app.command("rotate")(rotate.command)
-app.command("eval")(evaluate.command)
-app.command("compare")(compare.command)
-app.command("generate")(generate.command)
-app.command("info")(info.command)
-app.command("export")(export.command)
-app.command("push")(push.command)
+
+def program(*, quiet: bool = True) -> typer.Typer:
+    """The program with its commands; ``quiet`` keeps the libraries under it from printing."""
+    app = typer.Typer(
+        name="lightgptq",
+        help="Quantize Hugging Face language models with GPTQ, measure what it cost, and run the result. "
+        "With --debug, any command shows the traceback of an error.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for name, command in COMMANDS.items():
+        app.command(name)(_quietly(command) if quiet else command)
+    return app
 
 
 def main() -> None:
@@ -46,9 +55,8 @@ def run(arguments: list[str]) -> int:
     """Run with these arguments; returns the exit code. Tracebacks are shown only with ``--debug``."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    _quiet_libraries(debug)
     try:
-        app(arguments or ["--help"], standalone_mode=False)
+        program(quiet=not debug)(arguments or ["--help"], standalone_mode=False)
     except WrongUsage as error:
         return _fail(f"{_sentence(error)}; try --help", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
@@ -75,10 +83,17 @@ def _fail(message: str, code: int, debug: bool = False) -> int:
     return code
 
 
-def _quiet_libraries(debug: bool) -> None:
+def _quietly(command: Callable[..., None]) -> Callable[..., None]:
     """Progress bars, advice and retries of Hugging Face's libraries would drown the program's own words."""
-    if debug:
-        return
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+
+    @wraps(command)
+    def run_command(*arguments: object, **options: object) -> None:
+        import huggingface_hub
+        import transformers
+
+        huggingface_hub.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        command(*arguments, **options)
+
+    return run_command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,10 +13,10 @@ from rich.table import Table
 
 from lightgptq.cli.output import human_bytes, show_json
 from lightgptq.errors import UsageError
-from lightgptq.evaluation.bootstrap import Interval
-from lightgptq.evaluation.comparison import CheckpointFigures, Comparison, compare
-from lightgptq.evaluation.comparison_page import comparison_page
-from lightgptq.evaluation.damage import worst_modules
+
+if TYPE_CHECKING:
+    from lightgptq.evaluation.bootstrap import Interval
+    from lightgptq.evaluation.comparison import CheckpointFigures, Comparison
 
 
 def command(
@@ -42,6 +42,9 @@ def command(
     """Measure CHECKPOINTs against ORIGINAL, with 95 % intervals: which differences are more than noise."""
     if html is not None and not html.parent.is_dir():
         raise UsageError(f"--html {html}: the folder {html.parent} does not exist; make it first")
+    from lightgptq.evaluation.comparison import compare
+    from lightgptq.evaluation.comparison_page import comparison_page
+
     found = compare(
         original,
         list(checkpoints),
@@ -62,6 +65,8 @@ def command(
 
 
 def _show(found: Comparison, worst: int) -> None:
+    from lightgptq.evaluation.damage import worst_modules
+
     console = Console(file=sys.stdout)
     intro = (
         f"{found.original}: perplexity {_figure(found.perplexity, 3)} on {found.text}, {found.tokens} tokens"

@@ -9,9 +9,6 @@ import typer
 
 from lightgptq.cli.output import human_bytes, show_fields, show_json
 from lightgptq.errors import UsageError
-from lightgptq.evaluation.result import evaluate
-from lightgptq.evaluation.saved import save_figures
-from lightgptq.evaluation.tasks import evaluate_tasks
 
 
 def command(
@@ -44,6 +41,10 @@ def command(
         raise UsageError(f"--save: {model} is no folder on this machine; download it first")
     if tasks is None and (task_folder is not None or limit is not None):
         raise UsageError("--task-folder and --limit belong to --tasks; name the tasks")
+    from lightgptq.evaluation.result import evaluate
+    from lightgptq.evaluation.saved import save_figures
+    from lightgptq.evaluation.tasks import evaluate_tasks
+
     if tasks is not None:
         if reference is not None or save:
             raise UsageError("--tasks scores one model by itself; leave --reference and --save out")

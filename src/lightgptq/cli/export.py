@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lightgptq.checkpoint.conversion import export_compressed_tensors, import_compressed_tensors
-from lightgptq.checkpoint.gguf import export_gguf
 from lightgptq.cli.output import show_fields, show_json
 from lightgptq.errors import UsageError
 
@@ -57,6 +55,9 @@ def write(
     checkpoint: str, out: str, to: Format, tokenizer_pre: str | None, revision: str | None
 ) -> dict[str, Any]:
     """Export, and say what became of the linears: those that had to be rounded again only occur with gguf."""
+    from lightgptq.checkpoint.conversion import export_compressed_tensors, import_compressed_tensors
+    from lightgptq.checkpoint.gguf import export_gguf
+
     facts: dict[str, Any] = {"out": out, "format": to.value}
     if to is Format.gguf:
         report = export_gguf(checkpoint, out, tokenizer_pre=tokenizer_pre, revision=revision)

@@ -5,13 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.cli.output import show_json
-from lightgptq.companions import load_tokenizer, local_folder
-from lightgptq.hf import load
 
 
 def command(
@@ -42,6 +38,12 @@ def continue_prompt(
     trust_remote_code: bool = False,
 ) -> str:
     """The greedy continuation, without the prompt."""
+    import torch
+
+    from lightgptq.checkpoint.reader import CheckpointReader
+    from lightgptq.companions import load_tokenizer, local_folder
+    from lightgptq.hf import load
+
     folder = str(local_folder(CheckpointReader.open(model, revision)))
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     loaded: Any = load(model, device=device, revision=revision, trust_remote_code=trust_remote_code)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.cli.output import human_bytes, show_fields, show_json
-from lightgptq.companions import named_dtype
 from lightgptq.core.scheme import QuantScheme
 from lightgptq.errors import UsageError
-from lightgptq.evaluation.memory_plan import MemoryPlan, plan_memory, read_config
-from lightgptq.evaluation.size import size_of
 from lightgptq.quantization.report import REPORT_FILE, QuantReport
+
+if TYPE_CHECKING:
+    from lightgptq.checkpoint.reader import CheckpointReader
+    from lightgptq.evaluation.memory_plan import MemoryPlan
 
 
 def command(
@@ -49,6 +49,8 @@ def command(
     for name, value in {**options, "lm_head": lm_head or None}.items():
         if value is not None:
             raise UsageError(f"--{name.replace('_', '-')} belongs to --plan")
+    from lightgptq.checkpoint.reader import CheckpointReader
+
     facts = describe(CheckpointReader.open(checkpoint, revision), Path(checkpoint))
     if as_json:
         show_json(facts)
@@ -61,6 +63,8 @@ def command(
 
 def describe(reader: CheckpointReader, folder: Path) -> dict[str, Any]:
     """Facts of a checkpoint as plain values; nothing but headers and JSON files is read."""
+    from lightgptq.evaluation.size import size_of
+
     config, size = reader.quantization_config(), size_of(reader)
     facts: dict[str, Any] = {
         "architecture": (reader.config.get("architectures") or [reader.config.get("model_type")])[0],
@@ -86,6 +90,9 @@ def describe(reader: CheckpointReader, folder: Path) -> dict[str, Any]:
 def _show_plan(
     config: str, revision: str | None, as_json: bool, lm_head: bool, options: dict[str, Any]
 ) -> None:
+    from lightgptq.companions import named_dtype
+    from lightgptq.evaluation.memory_plan import plan_memory, read_config
+
     scheme = QuantScheme(**{name: options[name] for name in ("bits", "group_size") if name in options})
     context, batch = options.get("context", 4096), options.get("batch", 1)
     chosen = named_dtype(options.get("dtype", "auto"))

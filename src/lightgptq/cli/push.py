@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from huggingface_hub.utils import disable_progress_bars
 
 from lightgptq.cli.output import show_fields, show_json
-from lightgptq.hub.push import push_to_hub
 
 
 def command(
@@ -34,6 +32,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Upload CHECKPOINT to REPO with a model card. An interrupted upload goes on when started again."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from lightgptq.hub.push import push_to_hub
+
     if as_json:
         disable_progress_bars()
     result = push_to_hub(

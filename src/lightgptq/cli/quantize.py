@@ -19,8 +19,6 @@ from rich.progress import (
 
 from lightgptq.cli.output import show_json
 from lightgptq.core import presets
-from lightgptq.quantization.budget import parse_bytes
-from lightgptq.quantization.job import quantize
 from lightgptq.quantization.progress import Listener, silent
 from lightgptq.quantization.progress import Progress as Step
 from lightgptq.quantization.report import ModuleRecord, QuantReport
@@ -160,6 +158,9 @@ def command(
         act_order=act_order,
         **{name: value for name, value in optional.items() if value is not None},
     )
+    from lightgptq.quantization.budget import parse_bytes
+    from lightgptq.quantization.job import quantize
+
     console = Console(stderr=True)
     with ProgressDisplay(console, enabled=not as_json) as listener:
         report = quantize(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lightgptq.cli.output import show_json
 from lightgptq.cli.quantize import Dtype, ProgressDisplay
-from lightgptq.rotation.job import rotate
-from lightgptq.rotation.run import RotationReport
+
+if TYPE_CHECKING:
+    from lightgptq.rotation.run import RotationReport
 
 
 def command(
@@ -30,6 +31,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Write SRC with rotated weights to OUT, a plain model that computes the same, to be quantized."""
+    from lightgptq.rotation.job import rotate
+
     with ProgressDisplay(Console(stderr=True), enabled=not as_json) as listener:
         report = rotate(
             src,
