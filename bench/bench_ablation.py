@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,30 @@ def main() -> None:
 
 
 def table() -> str:
-    """KL relative to plain GPTQ's from each width's last line, text by text: a step alone, all steps but this one."""
+    """KL relative to plain GPTQ's, text by text, means of seeds: a step alone, all steps but this one.
+
+    The last line counts of each width and seed that has every step.
+    """
     lines = [json.loads(line) for line in (RESULTS / "ablation.jsonl").read_text().splitlines()]
-    last = {line["bits"]: line["results"] for line in lines}
-    widths = sorted(last, reverse=True)
+    whole = [line for line in lines if all(f"plain, {step}" in line["results"] for step in STEPS)]
+    last = {(line["bits"], line["seed"]): line["results"] for line in whole}
+    widths = sorted({bits for bits, _ in last}, reverse=True)
+    means = {bits: _means([results for (b, _), results in last.items() if b == bits]) for bits in widths}
     rows = ["| | " + " | ".join(f"{bits} bits: alone | `balanced` without" for bits in widths) + " |"]
     rows.append("|---" * (1 + 2 * len(widths)) + "|")
     for step in (*STEPS, "all of them"):
         names = ("balanced", "") if step == "all of them" else (f"plain, {step}", f"balanced, no {step}")
-        cells = [_relative(last[bits], name) for bits in widths for name in names]
+        cells = [_relative(means[bits], name) for bits in widths for name in names]
         rows.append(f"| {step} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _means(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each scheme and text over runs with other seeds."""
+    return {
+        name: {text: statistics.fmean(run[name][text] for run in runs) for text in texts}
+        for name, texts in runs[0].items()
+    }
 
 
 def _relative(results: dict[str, dict[str, float]], name: str) -> str:
