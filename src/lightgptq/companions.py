@@ -72,9 +72,11 @@ def window_length(config: PretrainedConfig, seq_len: int | None) -> int:
     Raises CalibrationError when ``seq_len`` is beyond the context.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or context <= 0:  # XLNet says -1 for no limit
+        return seq_len or DEFAULT_SEQ_LEN
     if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
-    if context is not None and seq_len > context:
+        return min(DEFAULT_SEQ_LEN, context)
+    if seq_len > context:
         raise CalibrationError(
             f"windows of {seq_len} tokens are beyond the model's context of {context} tokens; "
             "give a smaller --seq-len"

@@ -103,6 +103,11 @@ def _load_quantized(
     model.config.name_or_path = str(local_folder(reader))
     # Old folders keep it in a file of its own, which save_pretrained does not know.
     model.config.quantization_config = quantization.to_dict()
+    for part in model.modules():
+        if isinstance(
+            part, PreTrainedModel
+        ):  # as Transformers marks them: some models then do not read weights
+            part.config._is_quantized = True
     return model.eval()
 
 
@@ -143,6 +148,7 @@ def insert_quant_linears(
             linear.bias is not None,
             checkpoint_format=_zero_format(reader, name, quantization, scheme.bits, scheme.sym),
             mode=mode,
+            dtype=linear.weight.dtype,
             device="meta",
         )
         replace_module(model, module, layer)

@@ -73,7 +73,7 @@ def _tried_as_linear(module: nn.Linear) -> bool:
     with torch.no_grad():
         try:
             got = tried(x)
-        except TypeError:  # it wants more than an input
+        except (TypeError, RuntimeError):  # it wants more than an input, or another shape
             return False
         expected = nn.functional.linear(x, tried.weight, tried.bias)
     same = isinstance(got, Tensor) and got.shape == expected.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,25 @@ from lightgptq.ops import cpu
 _STANDARD = ("qweight", "qzeros", "scales", "g_idx")
 
 
+@dataclass(frozen=True)
+class WeightDescription:
+    """What models ask of a linear's weight before they call it: the dtype that an input is cast to, for one."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+
+
+class _Described:
+    """A layer's ``weight``, which loaders may cover with an attribute of the layer's own for a while."""
+
+    def __get__(self, layer: QuantLinear, owner: type) -> WeightDescription:
+        tensors = layer._prepared.tensors if layer._prepared is not None else [layer.qweight]
+        assert tensors[0] is not None
+        shape = torch.Size((layer.out_features, layer.in_features))
+        return WeightDescription(layer.dtype, tensors[0].device, shape)
+
+
 class QuantLinear(nn.Module):
     """``y = x @ W^T + bias`` with W in 2, 3, 4 or 8 bits.
 
@@ -28,6 +48,7 @@ class QuantLinear(nn.Module):
     group_size         inputs that share a scale, -1 for all; gives the number of groups
     checkpoint_format  "gptq" (stores zero - 1) or "gptq_v2"
     mode               "exact" or "int8", see ``ops.quant_matmul``
+    dtype              of the bias, and what ``weight.dtype`` says; the product takes any and returns the input's
 
     On a CPU, linears that read the same tensor share a call, see ``sharing``; ``QuantLinear.shares_input = False``
     turns that off, with the same results.
@@ -39,7 +60,7 @@ class QuantLinear(nn.Module):
     g_idx: Tensor | None
     bias: Tensor | None
     shares_input = True
-    weight = None  # some models look at a linear's weight before they call it, such as T5 for its dtype
+    weight = _Described()
 
     def __init__(
         self,
@@ -51,7 +72,7 @@ class QuantLinear(nn.Module):
         *,
         checkpoint_format: str = "gptq",
         mode: str = "exact",
-        bias_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -63,18 +84,19 @@ class QuantLinear(nn.Module):
         self.group_size = group_size
         self.checkpoint_format = checkpoint_format
         self.mode = mode
+        self.dtype = dtype
         self.keep_standard = False
         self._prepared: ops.PreparedWeight | None = None
         self.place: sharing.Place | None = None
         width = in_features if group_size == -1 else min(group_size, in_features)
         layout = packed_layout(in_features, out_features, bits, -(-in_features // width))
-        for name, (dtype, shape) in layout.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        for name, (stored, shape) in layout.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         if self.g_idx is not None and not self.g_idx.is_meta:
             self.g_idx.copy_(trivial_g_idx(in_features, group_size))
         self.register_buffer("bias", None)
         if bias:
-            self.bias = torch.zeros(out_features, dtype=bias_dtype, device=device)
+            self.bias = torch.zeros(out_features, dtype=dtype, device=device)
 
     @classmethod
     def from_quantized(
@@ -170,6 +192,7 @@ class QuantLinear(nn.Module):
         """Move to another device; scales stay float16 whatever dtype the model is cast to, as rounding them
         again would change the weight."""
         scales = self.scales
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
         if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
             self.scales = (

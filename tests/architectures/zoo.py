@@ -307,6 +307,58 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
         mamba_d_state=8,
         mamba_n_groups=1,
     ),
+    # a weight that the model reads without calling its linear
+    "mamba": _build(
+        "MambaForCausalLM",
+        "MambaConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        state_size=8,
+        **_TOKENS,
+    ),
+    # the same, found though the model asks for values on the way there
+    "jamba": _build(
+        "JambaForCausalLM",
+        "JambaConfig",
+        **_USUAL,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        num_experts=4,
+    ),
+    # the dtype of a linear's weight is asked for before it is called; every token is among those that its indexer takes
+    "deepseek-v3.2": _build(
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        **{**_USUAL, "num_key_value_heads": HEADS},
+        **_EXPERTS,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        head_dim=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        index_topk=64,
+        index_head_dim=16,
+        index_n_heads=2,
+    ),
+    # heads of another size in every other block
+    "gemma4": _build(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        **_USUAL,
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gptbigcode": _build("GPTBigCodeForCausalLM", "GPTBigCodeConfig", **_OLDER),
     "modernbert": _build(
         "ModernBertForMaskedLM", "ModernBertConfig", **_USUAL, cls_token_id=0, sep_token_id=1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightgptq.layouts import ExpertLinears
 from lightgptq.quantization.blocks import BlockInput
+from lightgptq.quantization.direct_use import uses_of_weights
 from lightgptq.quantization.live_bytes import LiveBytes
 from lightgptq.quantization.pause import on_input
 from lightgptq.quantization.siblings import complete_siblings
@@ -36,11 +37,13 @@ class Probe:
     groups          in the order in which they are reached
     peak_bytes      the most that the batch held
     entering_bytes  of its hidden states
+    read            linears whose weight the block reads itself
     """
 
     groups: list[LinearGroup]
     peak_bytes: int
     entering_bytes: int
+    read: frozenset[str]
 
 
 def probe_block(
@@ -66,8 +69,9 @@ def probe_block(
             experts = module.get_submodule(path.removesuffix("."))
             assert isinstance(experts, ExpertLinears)
             stack.enter_context(experts.announcing(lambda inputs: None))
+        read = stack.enter_context(uses_of_weights(linears))
         groups = discover_groups(linears, call, tracker)
-    return Probe(groups, tracker.peak, entering)
+    return Probe(groups, tracker.peak, entering, frozenset(read))
 
 
 def discover_groups(

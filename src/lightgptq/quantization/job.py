@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightgptq.checkpoint.config import GPTQCheckpointConfig
+from lightgptq.checkpoint.config import SKIP, GPTQCheckpointConfig
 from lightgptq.checkpoint.fused_rules import fused_conflicts
 from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.reader import CheckpointReader
@@ -22,6 +22,7 @@ from lightgptq.quantization.blocks import DecoderBlock, find_blocks
 from lightgptq.quantization.budget import activation_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.device import exact_on
+from lightgptq.quantization.direct_use import weights_used_directly
 from lightgptq.quantization.distill import DistillOptions
 from lightgptq.quantization.end_to_end import check_distillable, distill_options, training_shortage
 from lightgptq.quantization.flow import CalibrationFlow
@@ -103,11 +104,12 @@ def quantize(
     if moe_all_experts:
         send_all_tokens_to_experts(skeleton)
     blocks = find_blocks(skeleton.model)
+    read = weights_used_directly(skeleton.model, blocks)
     config = GPTQCheckpointConfig.from_scheme(
         scheme,
         version=__version__,
         checkpoint_format=checkpoint_format,
-        dynamic=parse_rules(rules),
+        dynamic={**{SKIP + pattern: {} for pattern in read}, **parse_rules(rules)},
         lm_head=lm_head,
     )
     plan = QuantPlan.build(skeleton, blocks, config, scheme)
@@ -120,7 +122,7 @@ def quantize(
     identity["allotted"] = (
         {} if target_bits is None else None if restart else previous_allotment(out, identity)
     )
-    job = _Job(skeleton, blocks, scheme, plan, windows, training, identity, listener)
+    job = _Job(skeleton, blocks, scheme, plan, windows, training, identity, listener, read)
     job.tell_notes(max_memory)
     report = find_finished(out, identity, restart=restart)
     if report is not None:
@@ -145,6 +147,7 @@ class _Job:
 
     plan      without the widths that ``target_bits`` allots
     identity  everything that decides the checkpoint's bytes
+    read      expressions for linears that stay as they are since the model reads their weights itself
     """
 
     skeleton: ModelSkeleton
@@ -155,12 +158,16 @@ class _Job:
     training: DistillOptions
     identity: dict[str, Any]
     listener: Listener
+    read: list[str]
 
     def tell_notes(self, max_memory: int | None) -> None:
         """What a user may want to know before the work starts."""
         notes = list(_notes(self.skeleton, self.plan, self.windows))
         room = activation_budget(max_memory, self.skeleton.device, 0)
         short = training_shortage(_quantized_weights(self.blocks, self.plan), self.training, room)
+        notes += [
+            f"{each} stays as it is: the model reads its weight without calling it" for each in self.read
+        ]
         for note in [*notes, short] if short else notes:
             self.listener(Progress(0, len(self.blocks), "read", note=note))
 

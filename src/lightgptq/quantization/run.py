@@ -16,13 +16,14 @@ from lightgptq.checkpoint.output import OutputFolder
 from lightgptq.checkpoint.writer import ShardWriter
 from lightgptq.core.hessian import HessianAccumulator
 from lightgptq.core.scheme import QuantScheme
-from lightgptq.errors import QuantizationError
+from lightgptq.errors import QuantizationError, UnsupportedModelError
 from lightgptq.quantization.block_memory import BlockLinears, BlockMemory, BlockNeeds
 from lightgptq.quantization.block_tuning import BlockBatches, tune_solved
 from lightgptq.quantization.blocks import DecoderBlock
 from lightgptq.quantization.budget import activation_budget, experts_bytes, host_budget
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.device import held_bytes, peak_bytes
+from lightgptq.quantization.direct_use import in_every_block
 from lightgptq.quantization.distill import DistillOptions
 from lightgptq.quantization.end_to_end import EndToEnd
 from lightgptq.quantization.flow import CalibrationFlow
@@ -311,6 +312,12 @@ class QuantizeRun:
             self._tell("probe")
             with self.flow.through(block, keep=False) as (inputs, _):
                 self.probes[signature] = probe_block(block.module, linears, lambda: inputs(0), staged)
+        if read := sorted(self.probes[signature].read):
+            name = f"{block.name}.{read[0]}"
+            raise UnsupportedModelError(
+                f"the model reads the weight of {name} itself instead of calling it, so it cannot be quantized; "
+                f"leave it as it is with --rule '{in_every_block(name)}=skip' and start again with --restart"
+            )
         return self.probes[signature]
 
     def _quantize_head(self, name: str, solver: GroupSolver) -> None:

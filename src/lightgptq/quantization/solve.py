@@ -162,8 +162,7 @@ class GroupSolver:
         inside_expert = any(name.startswith(f"{path}.") for path in self.skeleton.experts)
         remedy = "; give more samples or --moe-all-experts" if inside_expert else ""
         if tokens == 0:
-            unused = "; where a model uses its weight without calling it, skip it with a rule"
-            return f"no calibration token reached it{remedy or unused}"
+            return f"no calibration token reached it{remedy}"
         if tokens < module.in_features:
             few = f"{tokens} calibration tokens are fewer than its {module.in_features} inputs"
             return f"{few}: its Hessian is incomplete{remedy}"
