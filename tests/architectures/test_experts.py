@@ -200,7 +200,8 @@ def test_replaying_gathers_all_experts_in_one_pass(
     calls, forward, always = [], router.forward, run.BlockPass.run
 
     def counted(self: nn.Module, *args: Tensor) -> object:
-        calls.append(self)
+        if args[0].device.type != "meta":  # not what is found without data before the run
+            calls.append(self)
         return forward(self, *args)
 
     monkeypatch.setattr(router, "forward", counted)
