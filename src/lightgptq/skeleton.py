@@ -50,7 +50,21 @@ def build_empty_model(
         raise UnsupportedModelError(
             f"cannot build {names[0] if names else config.model_type}: {first}"
         ) from error
+    _leave_to_checkpoint(model)
     return model.eval()
+
+
+def _leave_to_checkpoint(model: nn.Module) -> None:
+    """Put on ``meta`` what the model's code allocated and a checkpoint holds: ``torch.FloatTensor(3)`` in XLNet."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and not _is_derived(module, name):
+                module._buffers[name] = buffer.to("meta")
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

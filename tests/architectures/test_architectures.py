@@ -10,7 +10,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.architectures.plain import write_plain
-from tests.architectures.zoo import BUILDERS, MORE, STACKS, TOWERS, windows_for
+from tests.architectures.zoo import (
+    BUILDERS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    LAYERS,
+    MORE,
+    STACKS,
+    TOWERS,
+    VOCABULARY,
+    windows_for,
+)
 from tests.folders import contents
 from torch import Tensor, nn
 
@@ -27,7 +38,7 @@ from lightgptq.quantization.passes import GroupInputs
 from lightgptq.quantization.progress import Progress
 from lightgptq.quantization.solve import GroupSolver
 from lightgptq.quantization.workfolder import WorkFolder
-from lightgptq.skeleton import ModelSkeleton
+from lightgptq.skeleton import ModelSkeleton, build_empty_model
 
 EIGHT = QuantScheme(bits=8, group_size=32)
 FOUR = QuantScheme(bits=4, group_size=32)
@@ -200,3 +211,14 @@ def _logits(model: transformers.PreTrainedModel, windows: CalibrationSet) -> Ten
     """The first output for four windows: logits, or the last hidden states of a body without a head."""
     extra = {name: value[:4] for name, value in windows.extra.items()}
     return model(**forward_arguments(model, windows.input_ids[:4], extra))[0]
+
+
+def test_what_a_model_allocates_itself_comes_from_the_checkpoint_too() -> None:
+    """XLNet's attention holds ``torch.FloatTensor(...)``, which is memory as it was found, on no device but the CPU."""
+    config = transformers.XLNetConfig(
+        vocab_size=VOCABULARY, d_model=HIDDEN, n_layer=LAYERS, n_head=HEADS, d_inner=INNER
+    )
+    model = build_empty_model(config, dtype=torch.float32)
+    held = [name for name, value in model.named_parameters() if not value.is_meta]
+    assert not held
+    assert model.lm_loss.weight is model.transformer.word_embedding.weight

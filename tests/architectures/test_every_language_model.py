@@ -1,4 +1,4 @@
-"""Every causal language model of Transformers that a small config can be made for is quantized, loaded and run.
+"""Every language model of Transformers that a small config can be made for is quantized, loaded and run.
 
 Sizes are put into each config by what they are called; a few ways of making them agree are tried. Models that cannot be
 built so are skipped, with Transformers' own words.
@@ -13,9 +13,14 @@ import pytest
 import torch
 import transformers
 from tests.architectures.zoo import HEADS, HIDDEN, INNER, LAYERS, VOCABULARY, randomise
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 import lightgptq
 from lightgptq import CalibrationSet, QuantScheme
@@ -23,6 +28,15 @@ from lightgptq import CalibrationSet, QuantScheme
 pytestmark = pytest.mark.slow
 EIGHT = QuantScheme(bits=8, group_size=32)
 MOST_PARAMETERS = 10_000_000
+MAPPINGS = (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+CLASSES: dict[str, str] = {}  # of the model -> the type of its config
+for names in MAPPINGS:
+    for model_type, found in names.items():
+        CLASSES.setdefault(found if isinstance(found, str) else found[0], model_type)
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
@@ -70,6 +84,8 @@ def small_config(model_type: str, change: dict[str, Any]) -> PretrainedConfig:
     default = CONFIG_MAPPING[model_type]().get_text_config()
     known = default.to_dict()
     fields = {name: size for name, size in {**SIZES, **change}.items() if known.get(name) is not None}
+    if "kv_lora_rank" in known:
+        fields["num_key_value_heads"] = HEADS
     fields |= {name: token for name, token in TOKENS.items() if name in known}
     if known.get("layer_types"):
         kinds = list(dict.fromkeys(known["layer_types"]))
@@ -79,19 +95,18 @@ def small_config(model_type: str, change: dict[str, Any]) -> PretrainedConfig:
     return type(default)(**fields)
 
 
-def small_model(model_type: str) -> PreTrainedModel:
-    """A model of this type that runs; raises what the first attempt raised where none does."""
+def small_model(name: str) -> PreTrainedModel:
+    """A model of this class that runs; raises what the first attempt raised where none does."""
     first: Exception | None = None
     for change in CHANGES:
         try:
-            config = small_config(model_type, change)
+            config = small_config(CLASSES[name], change)
             with torch.device("meta"):
-                empty = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
+                empty = getattr(transformers, name)(config)
             if sum(p.numel() for p in empty.parameters()) > MOST_PARAMETERS:
                 raise ValueError(f"more than {MOST_PARAMETERS} parameters")
             model = randomise(type(empty)(config)).float()
-            with torch.no_grad():
-                model(torch.arange(2, 34)[None])
+            logits_of(model, torch.arange(2, 34)[None])
             return model
         except Exception as error:
             first = first or error
@@ -99,13 +114,20 @@ def small_model(model_type: str) -> PreTrainedModel:
     raise first
 
 
-@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_it_is_quantized_loaded_and_run(model_type: str, tmp_path: Path) -> None:
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A decoder beside an encoder gets the same tokens."""
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **both).logits
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_it_is_quantized_loaded_and_run(name: str, tmp_path: Path) -> None:
     """A weight in the wrong place moves logits by their own size. Rounding to 8 bits moves them by a hundredth, by a
     quarter where experts or the tokens attended to are chosen and choices change."""
     torch.manual_seed(0)
     try:
-        model = small_model(model_type)
+        model = small_model(name)
         model.save_pretrained(tmp_path / "model")
     except Exception as error:
         pytest.skip(f"no small model: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
@@ -115,7 +137,6 @@ def test_it_is_quantized_loaded_and_run(model_type: str, tmp_path: Path) -> None
     )
     assert report.modules
     loaded = lightgptq.load(tmp_path / "out", dtype="float32")
-    with torch.no_grad():
-        want, have = model(ids[:2]).logits, loaded(ids[:2]).logits
+    want, have = logits_of(model, ids[:2]), logits_of(loaded, ids[:2])
     error = float((want - have).norm() / want.norm())
     assert error < 0.5, f"logits differ by {error:.3f} of their size"
