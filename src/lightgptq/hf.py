@@ -21,7 +21,7 @@ from lightgptq.head import quantize_head
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
 from lightgptq.norm import replace_norms
-from lightgptq.skeleton import build_empty_model, fill_buffers, model_class
+from lightgptq.skeleton import build_empty_model, fill_absent, fill_buffers, model_class
 from lightgptq.sources import NameMap, Source, find_sources
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _load_quantized(
     fill_buffers(model, device)
     insert_quant_linears(model, reader, quantization, mode)
     sources = find_sources(model, reader.names())
-    missing = [name for name in model.state_dict() if name not in sources]
+    missing = fill_absent(model, sources, device)
     if missing:
         raise CheckpointError(
             f"{reader.label} does not hold {missing[0]} ({len(missing)} missing in all), "

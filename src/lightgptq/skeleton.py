@@ -7,6 +7,7 @@ are computed by the model's own initialiser.
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,11 +80,7 @@ def fill_buffers(model: PreTrainedModel, device: torch.device | str = "cpu") -> 
     Transformers asks each model's ``_init_weights`` to compute these, because it builds every model on ``meta`` itself.
     Raises UnsupportedModelError when a model's code leaves one without a value.
     """
-    owners: dict[nn.Module, PreTrainedModel] = {}
-    for module in model.modules():  # parents come before children, so the innermost owner wins
-        if isinstance(module, PreTrainedModel):
-            for child in module.modules():
-                owners[child] = module
+    owners = _owners(model)
     for path, module in model.named_modules():
         absent = [
             n for n, b in module._buffers.items() if b is not None and b.is_meta and _is_derived(module, n)
@@ -107,6 +104,39 @@ def fill_buffers(model: PreTrainedModel, device: torch.device | str = "cpu") -> 
                 raise UnsupportedModelError(
                     f"buffer {path}.{name} is in no checkpoint and {type(owners[module]).__name__} does not compute it"
                 )
+
+
+def fill_absent(
+    model: PreTrainedModel, sources: dict[str, Source], device: torch.device | str = "cpu"
+) -> list[str]:
+    """Give parameters that the model says a checkpoint need not hold (Marian's sinusoidal positions) their values.
+
+    Its ``_init_weights`` computes them. Returns the names of all others that have no source.
+    """
+    owners = _owners(model)
+    patterns: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = []
+    for name in [name for name in model.state_dict() if name not in sources]:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        if parameter is not None and any(re.search(pattern, name) for pattern in patterns):
+            fresh = torch.empty_like(parameter, device=device).fill_(float("nan"))
+            module._parameters[leaf] = nn.Parameter(fresh, requires_grad=False)
+            _initialise_alone(owners[module], module)
+        if parameter is None or _has_nan(module._parameters[leaf]) or module._parameters[leaf] is parameter:
+            missing.append(name)
+    return missing
+
+
+def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
+    """The model whose initialiser knows each module."""
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents come before children, so the innermost owner wins
+        if isinstance(module, PreTrainedModel):
+            for child in module.modules():
+                owners[child] = module
+    return owners
 
 
 def _has_nan(buffer: Tensor | None) -> bool:
@@ -171,11 +201,10 @@ class ModelSkeleton:
         experts, unknown = expand_experts(model, name_map.converters)
         sources = find_sources(model, reader.names())
         skeleton = cls(model, reader, name_map, dtype, torch.device(device), sources, experts, unknown)
-        skeleton._check_complete()
+        skeleton._check_complete(fill_absent(model, sources, device))
         return skeleton
 
-    def _check_complete(self) -> None:
-        missing = [n for n in self.model.state_dict() if n not in self.sources]
+    def _check_complete(self, missing: list[str]) -> None:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
