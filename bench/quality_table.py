@@ -1,6 +1,6 @@
 """The table of docs/accuracy.md, from bench/results/quality.jsonl.
 
-    python -m bench.quality_table [--model pep-llama-6m]
+    python -m bench.quality_table [--model pep-llama-6m] [--asym]
 
 Mean KL divergence over calibration seeds, of each configuration the last line of each seed; ``*`` one seed, ``**`` two.
 In brackets: relative to GPTQModel's default with the same seeds.
@@ -31,12 +31,12 @@ COLUMNS = {
 Figures = dict[tuple[int, int, str, str], dict[int, float]]  # bits, group, text, label -> seed -> KL
 
 
-def figures(model: str) -> Figures:
-    """The last KL of every configuration and seed of one model."""
+def figures(model: str, *, sym: bool) -> Figures:
+    """The last KL of every configuration and seed of one model, on symmetric grids or on others."""
     found: Figures = defaultdict(dict)
     for line in (RESULTS / "quality.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if "seed" in row and row["sym"] and row.get("model", MODEL) == model:
+        if "seed" in row and row["sym"] == sym and row.get("model", MODEL) == model:
             for label, result in row["results"].items():
                 found[row["bits"], row["group_size"], row["text"], label][row["seed"]] = result["kl"]
     return found
@@ -57,7 +57,9 @@ def main() -> None:
     """Print the table of what there are figures of."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=MODEL)
-    found = figures(parser.parse_args().model)
+    parser.add_argument("--asym", action="store_true")
+    options = parser.parse_args()
+    found = figures(options.model, sym=not options.asym)
     known = {(bits, group) for bits, group, _, _ in found}
     columns = {
         label: title for label, title in COLUMNS.items() if label in {label for _, _, _, label in found}
