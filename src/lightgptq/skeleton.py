@@ -124,8 +124,9 @@ def fill_absent(
             fresh = torch.empty_like(parameter, device=device).fill_(float("nan"))
             module._parameters[leaf] = nn.Parameter(fresh, requires_grad=False)
             _initialise_alone(owners[module], module)
-        if parameter is None or _has_nan(module._parameters[leaf]) or module._parameters[leaf] is parameter:
-            missing.append(name)
+            if not _has_nan(module._parameters[leaf]):
+                continue
+        missing.append(name)
     return missing
 
 
