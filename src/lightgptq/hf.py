@@ -103,10 +103,9 @@ def _load_quantized(
     model.config.name_or_path = str(local_folder(reader))
     # Old folders keep it in a file of its own, which save_pretrained does not know.
     model.config.quantization_config = quantization.to_dict()
+    # As Transformers marks quantized models, of which some then do not read weights.
     for part in model.modules():
-        if isinstance(
-            part, PreTrainedModel
-        ):  # as Transformers marks them: some models then do not read weights
+        if isinstance(part, PreTrainedModel):
             part.config._is_quantized = True
     return model.eval()
 

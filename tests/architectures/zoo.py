@@ -115,6 +115,22 @@ DENSE: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+# Attention through low ranks, experts from the second block on.
+_DEEPSEEK = {
+    **_USUAL,
+    **_EXPERTS,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": _build(
@@ -123,22 +139,7 @@ MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-moe": _build(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_USUAL, **_EXPERTS, head_dim=16, num_experts=6
     ),
-    "deepseek-v3": _build(
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        **{**_USUAL, "num_key_value_heads": HEADS},
-        **_EXPERTS,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
-    ),
+    "deepseek-v3": _build("DeepseekV3ForCausalLM", "DeepseekV3Config", **_DEEPSEEK),
     "gpt-oss": _build(
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -332,17 +333,8 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
     "deepseek-v3.2": _build(
         "DeepseekV32ForCausalLM",
         "DeepseekV32Config",
-        **{**_USUAL, "num_key_value_heads": HEADS},
-        **_EXPERTS,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=16,
-        q_lora_rank=16,
+        **_DEEPSEEK,
         head_dim=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
         index_topk=64,
         index_head_dim=16,
         index_n_heads=2,
