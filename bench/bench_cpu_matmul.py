@@ -37,7 +37,6 @@ from lightgptq.ops.weight import PreparedWeight
 ROTATION_BYTES = 1 << 29
 PROBE_BYTES = 1 << 26
 GROUP = 128
-PEAK_KIND = {"exact": 1, "int8": 2}
 PEAK_STEPS = 30_000
 CALLS = 3  # of each candidate in a round, timed one by one
 MOST_ROWS = 512
@@ -79,10 +78,23 @@ class Probe:
     def operations_per_second(self, kind: int) -> float:
         """float32 FMA (kind 0), bf16 dot products (1) or int8 ones (2) in registers, by all threads.
 
-        Without AVX-512: FMA again for 1, products of bytes summed in 16 bits for 2.
+        Without AVX-512: products of bytes summed in 16 bits for 2.
         """
         operations = torch.get_num_threads() * self.lib.probe_step(kind) * PEAK_STEPS
         return operations / seconds(lambda: self.lib.probe_peak(kind, PEAK_STEPS))
+
+
+    def peak(self, mode: str) -> float:
+        """Multiplications and additions a second that the arithmetic of a mode allows.
+
+        int8: products of bytes. exact: the fastest of bf16 dot products, float32 FMA and, where byte products sum into
+        32 bits, two of them for each code, as its sixteen-bit activations take.
+        """
+        if mode == "int8":
+            return self.operations_per_second(2)
+        kinds = [kind for kind in (0, 1) if self.lib.probe_step(kind)]
+        rates = [self.operations_per_second(kind) for kind in kinds]
+        return max(rates + [self.operations_per_second(2) / 2] * (self.lib.probe_step(2) == 3072))
 
 
 class Rotation:
@@ -231,7 +243,7 @@ def measure(
         for _ in range(max(3, options.repeats // (1 if rows <= 16 else 3 if rows <= 64 else 10))):
             probe.bytes_per_second()  # threads that sleep take milliseconds to come
             bandwidth.append(probe.bytes_per_second())
-            peak.append(probe.operations_per_second(PEAK_KIND[mode]))
+            peak.append(probe.peak(mode))
             for name, run in runs.items():
                 run()  # the first call after something else pays for cold caches, 40 microseconds at one row
                 times[name].extend(seconds(run) for _ in range(CALLS))

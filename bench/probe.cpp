@@ -16,12 +16,14 @@ static inline V twelve(int64_t steps, V zero, Step step) {
   return a + b + c + d + e + f + g + h + i + j + k + l;
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
 
 typedef __m512 Floats;
 typedef __m512i Integers;
 static inline Floats multiply_floats(Floats a, Floats x) { return _mm512_fmadd_ps(x, x, a); }
+#if defined(__AVX512BF16__)
 static inline Floats multiply_pairs(Floats a, Integers y) { return _mm512_dpbf16_ps(a, (__m512bh)y, (__m512bh)y); }
+#endif
 static inline Integers multiply_quads(Integers a, Integers y) { return _mm512_dpbusd_epi32(a, y, y); }
 
 #else
@@ -29,7 +31,6 @@ static inline Integers multiply_quads(Integers a, Integers y) { return _mm512_dp
 typedef __m256 Floats;
 typedef __m256i Integers;
 static inline Floats multiply_floats(Floats a, Floats x) { return _mm256_fmadd_ps(x, x, a); }
-static inline Floats multiply_pairs(Floats a, Integers y) { return multiply_floats(a, (Floats)y); }
 // Sums of 16 bits, which products of narrow codes can stay in for a while: one instruction less than widening each.
 static inline Integers multiply_quads(Integers a, Integers y) {
   Integers product;
@@ -50,11 +51,16 @@ static inline double depending_on(V v) {
 
 extern "C" {
 
-// Operations of one step of probe_peak: float32 FMAs (kind 0), bf16 dot products or, without them, FMAs (1), products of
+// Operations of one step of probe_peak: float32 FMAs (kind 0), bf16 dot products or 0 where there are none (1), products of
 // bytes (2).
 int32_t probe_step(int kind) {
-  constexpr bool pairs = sizeof(Floats) == 64;
-  return 2 * 12 * static_cast<int32_t>(sizeof(Floats)) / (kind == 2 ? 1 : kind == 1 && pairs ? 2 : 4);
+#if defined(__AVX512BF16__)
+  constexpr int pairs = sizeof(Floats) / 2;
+#else
+  constexpr int pairs = 0;
+#endif
+  constexpr int lanes = sizeof(Floats) / 4;
+  return 2 * 12 * (kind == 2 ? 4 * lanes : kind == 1 ? pairs : lanes);
 }
 
 // Reads all bytes once with every thread; returns a value that depends on them. Lines are fetched 4 KiB ahead: without that
@@ -89,8 +95,10 @@ double probe_peak(int kind, int64_t steps) {
     asm volatile("" : "+v"(x), "+v"(y));
     if (kind == 0)
       total += depending_on(twelve(steps, Floats{}, [&](Floats a) { return multiply_floats(a, x); }));
+#if defined(__AVX512BF16__)
     else if (kind == 1)
       total += depending_on(twelve(steps, Floats{}, [&](Floats a) { return multiply_pairs(a, y); }));
+#endif
     else
       total += depending_on(twelve(steps, Integers{}, [&](Integers a) { return multiply_quads(a, y); }));
   }

@@ -28,6 +28,7 @@ using AttendKernel = void (*)(const AttendArgs &, int64_t item);
 extern const AttendKernel kAttendPortable;
 extern const AttendKernel kAttendAvx2;
 extern const AttendKernel kAttendAvx512;
+extern const AttendKernel kAttendAvx512Bf16;
 extern const AttendKernel kAttendNeon;
 
 }  // namespace lgq

@@ -4,7 +4,7 @@
 
 namespace lgq {
 
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2, neon = 3 };
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, neon = 4 };
 
 Isa active_isa();
 
@@ -12,10 +12,11 @@ Isa active_isa();
 
 // LGQ_ACTIVE(kSolver) is kSolverAvx512, kSolverAvx2, kSolverNeon or kSolverPortable, whichever is for the active set.
 #if defined(LGQ_X86)
-#define LGQ_ACTIVE(kernel)                                      \
-  (::lgq::active_isa() == ::lgq::Isa::avx512 ? kernel##Avx512   \
-   : ::lgq::active_isa() == ::lgq::Isa::avx2 ? kernel##Avx2     \
-                                             : kernel##Portable)
+#define LGQ_ACTIVE(kernel)                                                \
+  (::lgq::active_isa() == ::lgq::Isa::avx512_bf16 ? kernel##Avx512Bf16    \
+   : ::lgq::active_isa() == ::lgq::Isa::avx512    ? kernel##Avx512        \
+   : ::lgq::active_isa() == ::lgq::Isa::avx2      ? kernel##Avx2          \
+                                                  : kernel##Portable)
 #elif defined(LGQ_ARM64)
 #define LGQ_ACTIVE(kernel) (::lgq::active_isa() == ::lgq::Isa::neon ? kernel##Neon : kernel##Portable)
 #else

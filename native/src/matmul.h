@@ -20,6 +20,8 @@ struct Product {
   uint8_t *scratch;  // scratch_bytes(), aligned to 64: the activations as the kernel wants them
 };
 
+constexpr int64_t kStrip = 8;  // most blocks of outputs that multiply_blocks takes at once
+
 struct MatmulKernels {
   int64_t (*scratch_bytes)(const Product &);
   void (*prepare_rows)(const Product &, int64_t begin, int64_t end);
@@ -29,6 +31,7 @@ struct MatmulKernels {
 extern const MatmulKernels kMatmulPortable;
 extern const MatmulKernels kMatmulAvx2;
 extern const MatmulKernels kMatmulAvx512;
+extern const MatmulKernels kMatmulAvx512Bf16;
 extern const MatmulKernels kMatmulNeon;
 
 // Width in bits -> first shift in the byte for quads below 6 at 3 bits, all quads otherwise; see matmul_layout.h.

@@ -40,6 +40,7 @@ struct Avx2 : QuadKernel {
     }
   }
 
+  static constexpr int least_panel_rows(int, int) { return 0; }
   static constexpr int panel_units(int, int T) { return T == kInt8 ? 4 : 1; }
 
   template <int BITS, int T>
@@ -47,7 +48,7 @@ struct Avx2 : QuadKernel {
     if constexpr (has_panels(T)) unpack_panel<BITS, T>(codes, units, grid, panel);
   }
 
-  template <int BITS, int T, int MR>
+  template <int BITS, int T, int MR, int>
   static void panel_tile(const TileArgs &a) {
     if constexpr (T == kFloat) panel_floats_tile<MR>(a);
     if constexpr (T == kInt8) panel_int8_tile<BITS, MR>(a);

@@ -4,12 +4,14 @@
 //   template <int BITS, int T> static void grid(scales, zeros, Grid *)         scale and zero of 64 outputs
 //   template <int BITS, int T, int MR, int AHEAD> static void tile(TileArgs)   totals += one segment for MR rows; fetches
 //                                                                              1 / AHEAD of the next one, 0: nothing
+//   static constexpr int kAloneAhead                                           AHEAD of a tile that is alone
 //   static constexpr bool has_row(T)                                           whether it has, for a product of one row,
 //   template <int BITS, int T> static void row(RowArgs)                        totals = all segments
-//   static constexpr int panel_units(BITS, T)                                  0, or units that are unpacked at once for
-//   template <int BITS, int T> static void unpack(codes, units, const Grid &,  all tiles; then it has no tile but
-//                                                 uint8_t *panel)              panel_tile, whose `codes` are what
-//   template <int BITS, int T, int MR> static void panel_tile(TileArgs)        unpack left
+//   static constexpr int least_panel_rows(BITS, T)                             rows of a band from which codes are unpacked
+//   static constexpr int panel_units(BITS, T)                                  for all tiles, so many units at once, and
+//   template <int BITS, int T> static void unpack(codes, units, const Grid &,  multiplied by panel_tile, whose `codes`
+//                                                 uint8_t *panel)              are what unpack left; 0: always, then it
+//   template <int BITS, int T, int MR, int AHEAD> static void panel_tile(TileArgs)   has no tile; kNever: no panels
 //   static void store_row(const float *totals, const float *bias, void *y, ...)
 //   static int64_t word_bytes(T)                                               bytes of prepared activation per input
 //
@@ -19,6 +21,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "convert.h"
 #include "matmul.h"
@@ -27,9 +30,9 @@ namespace {
 
 using namespace lgq;
 
-// Forms of a prepared activation: one byte, rounded to 8 bits per segment (int8 arithmetic); one to three bf16 terms that
-// add up to it; a float32; three or four bytes, the digits of a fixed-point number (matmul_quads.h).
-constexpr int kInt8 = 0, kOneTerm = 1, kTwoTerms = 2, kThreeTerms = 3, kFloat = 4, kThreeDigits = 13, kFourDigits = 14;
+// Forms of a prepared activation: one byte, rounded to 8 bits per segment (int8 arithmetic); itself as bfloat16 or float32;
+// three or four bytes, the digits of a fixed-point number (matmul_quads.h, matmul_rare_third.h).
+constexpr int kInt8 = 0, kBf16 = 1, kFloat = 4, kThreeDigits = 13, kFourDigits = 14;
 
 // 4 rows x 4 vectors: each activation that is broadcast serves four products. 8 or 12 rows x 2 vectors have fewer loads
 // in all, but their broadcasts compete with the dot products (Zen 4, int8: 0.81 and 0.75 of peak against 0.88).
@@ -40,6 +43,9 @@ constexpr int kTileRows = 4;
 constexpr int kShares = 4;
 constexpr int64_t kBand = 64;  // rows whose totals (16 KiB) stay in the first-level cache through all segments
 
+constexpr int kNever = kBand + 1;  // rows of a band
+constexpr int64_t kChunkBytes = 1 << 19;  // of a band's activations, half of a second-level cache
+
 // What codes are unpacked to: bytes of a segment or floats of a unit.
 constexpr int kPanelBytes = kUnit * kBlock * 4;
 
@@ -49,7 +55,7 @@ struct Tile {
 };
 
 // Rows are cut into tiles of four; one row left over is a tile of its own, two or three are padded to four (the padding is
-// multiplied, never stored).
+// multiplied, never stored; it is 0, since some processors take a hundred cycles for what old memory may hold, subnormal numbers).
 inline Tile tile_of(int64_t row, int64_t rows) {
   const int64_t full = rows - rows % kTileRows;
   if (row >= full && rows - full == 1) return {full, 1};
@@ -88,6 +94,19 @@ struct Activations {
     const int64_t top = top_of(row);
     const int64_t unit = top * units + height(top) * segment.unit + (row - top) * segment.units;
     return words + unit * kUnit * input_bytes;
+  }
+  // Zeros for the rows that the last tile lacks, in words of `word` bytes.
+  void clear_padding(const Product &p, int64_t word) const {
+    const Tile tile = tile_of(p.rows - 1, p.rows);
+    for (int64_t lane = p.rows - tile.start; lane < tile.rows; ++lane)
+      for (int64_t s = 0; s < segments; ++s) {
+        const Segment &segment = p.w.segments[s];
+        uint8_t *at = words_at(tile.start, segment) + lane * word;
+        for (int64_t n = segment.units * kUnit * input_bytes / word; n > 0; --n, at += tile.rows * word)
+          std::memset(at, 0, static_cast<size_t>(word));
+        const int64_t number = number_at(tile.start, s) + lane;
+        init[number] = scale[number] = 0.0f;
+      }
   }
   // Where its start values and scales are.
   int64_t number_at(int64_t row, int64_t s) const {
@@ -235,25 +254,41 @@ struct Band {
   }
 };
 
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// Calls multiply(MR, AHEAD, row, share) for each tile of a band: its rows, 1 / AHEAD of the next segment that it fetches.
+template <class F>
+inline __attribute__((always_inline)) void for_tiles(const Band &band, F multiply) {
+  const bool many = band.bottom - band.top >= kShares * kTileRows;
+  for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
+    const int64_t index = (row - band.top) / kTileRows;
+    if (tile_of(row, band.rows).rows == 1)
+      multiply(Int<1>(), Int<0>(), row, 0);
+    else if (many && index < kShares)
+      multiply(Int<kTileRows>(), Int<kShares>(), row, index);
+    else if (!many && index == 1)
+      multiply(Int<kTileRows>(), Int<1>(), row, 0);
+    else
+      multiply(Int<kTileRows>(), Int<0>(), row, 0);
+  }
+}
+
 // Every tile of a band with the codes of segment s.
 template <class Kernel, int BITS, int T>
 inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &whole, const Segment &segment,
                                                           int64_t s, const Activations &x, const Band &band) {
-  const bool many = band.bottom - band.top >= kShares * kTileRows;
   const uint8_t *next = whole.codes + whole.units * whole.unit_bytes;
-  for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
-    TileArgs args = band.tile(whole, x, row, segment, s);
-    const int64_t index = (row - band.top) / kTileRows;
-    args.next = next + (many ? index * (args.unit_bytes / kShares) : 0);
-    if (tile_of(row, band.rows).rows == 1)
-      Kernel::template tile<BITS, T, 1, 0>(args);
-    else if (many && index < kShares)
-      Kernel::template tile<BITS, T, kTileRows, kShares>(args);
-    else if (!many && index == 1)
-      Kernel::template tile<BITS, T, kTileRows, 1>(args);
-    else
-      Kernel::template tile<BITS, T, kTileRows, 0>(args);
+  if (band.rows <= kTileRows) {
+    TileArgs args = band.tile(whole, x, band.top, segment, s);
+    args.next = whole.codes;
+    return Kernel::template tile<BITS, T, kTileRows, Kernel::kAloneAhead>(args);
   }
+  for_tiles(band, [&](auto rows, auto ahead, int64_t row, int64_t share) {
+    TileArgs args = band.tile(whole, x, row, segment, s);
+    args.next = next + share * (args.unit_bytes / kShares);
+    Kernel::template tile<BITS, T, rows.value, ahead.value>(args);
+  });
 }
 
 // The same with codes that are unpacked first.
@@ -266,51 +301,67 @@ void multiply_panels(const TileArgs &whole, const Segment &segment, int64_t s, c
     part.units = whole.units - u < most ? whole.units - u : most;
     Kernel::template unpack<BITS, T>(whole.codes + u * whole.unit_bytes, part.units, *whole.grid, panel);
     part.codes = panel;
-    for (int64_t row = band.top; row < band.bottom; row += kTileRows) {
-      const int height = tile_of(row, band.rows).rows;
+    const uint8_t *next = whole.codes + (whole.units + u) * whole.unit_bytes;
+    for_tiles(band, [&](auto rows, auto ahead, int64_t row, int64_t share) {
       TileArgs args = band.tile(part, x, row, segment, s);
-      args.x += u * kUnit * x.input_bytes * height;
-      if (height == 1)
-        Kernel::template panel_tile<BITS, T, 1>(args);
-      else
-        Kernel::template panel_tile<BITS, T, kTileRows>(args);
-    }
+      args.x += u * kUnit * x.input_bytes * rows.value;
+      args.next = next + share * (args.unit_bytes / kShares);
+      Kernel::template panel_tile<BITS, T, rows.value, ahead.value>(args);
+    });
   }
 }
 
 template <class Kernel, int BITS, int T>
-void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
-  if constexpr (Kernel::has_row(T))
-    if (p.rows == 1) return multiply_row_as<Kernel, BITS, T>(p, begin, end);
+inline void multiply_segment(const TileArgs &whole, const Segment &segment, int64_t s, const Activations &x, const Band &band) {
+  constexpr int least = Kernel::least_panel_rows(BITS, T);
+  if constexpr (least < kNever)
+    if (band.bottom - band.top >= least) return multiply_panels<Kernel, BITS, T>(whole, segment, s, x, band);
+  if constexpr (least > 0) multiply_tiles<Kernel, BITS, T>(whole, segment, s, x, band);
+}
+
+// One block's share of a band: the segments [begin, end), added to the band's totals.
+template <class Kernel, int BITS, int T>
+void multiply_band(const Product &p, const Activations &x, int64_t block, int64_t begin, int64_t end, const Band &band) {
   const PackedHeader &h = *p.w.header;
-  const Activations x(p, Kernel::word_bytes(T));
-  alignas(64) float totals[kBand * kBlock];
-  alignas(64) float bias[kBlock];
   Grid grid;
   grid.symmetric = h.symmetric != 0;
   TileArgs args{};
   args.unit_bytes = static_cast<int64_t>(kUnit) * kBlock * BITS / 8;
   args.grid = &grid;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kBlock;
-    const int count = load_bias(p, block, bias);
-    for (int64_t top = 0; top < p.rows; top += kBand) {
-      const int64_t bottom = p.rows - top < kBand ? p.rows : top + kBand;
-      std::memset(totals, 0, static_cast<size_t>(padded_rows(bottom - top)) * kBlock * sizeof(float));
-      for (int64_t s = 0; s < h.segments; ++s) {
-        const Segment &segment = p.w.segments[s];
-        const int64_t at = (block * h.groups + segment.group) * kBlock;
-        Kernel::template grid<BITS, T>(p.w.scales + at, p.w.zeros + at, &grid);
-        args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
-        args.units = segment.units;
-        const Band band{top, bottom, p.rows, totals};
-        if constexpr (Kernel::panel_units(BITS, T) > 0)
-          multiply_panels<Kernel, BITS, T>(args, segment, s, x, band);
-        else
-          multiply_tiles<Kernel, BITS, T>(args, segment, s, x, band);
-      }
+  for (int64_t s = begin; s < end; ++s) {
+    const Segment &segment = p.w.segments[s];
+    const int64_t at = (block * h.groups + segment.group) * kBlock;
+    Kernel::template grid<BITS, T>(p.w.scales + at, p.w.zeros + at, &grid);
+    args.codes = p.w.codes + (block * h.units + segment.unit) * args.unit_bytes;
+    args.units = segment.units;
+    multiply_segment<Kernel, BITS, T>(args, segment, s, x, band);
+  }
+}
+
+// At most kStrip blocks. What they share, a band's activations, is read once for all of them from whatever cache holds them all,
+// a chunk of segments at a time.
+template <class Kernel, int BITS, int T>
+void multiply_blocks_as(const Product &p, int64_t begin, int64_t end) {
+  if constexpr (Kernel::has_row(T))
+    if (p.rows == 1) return multiply_row_as<Kernel, BITS, T>(p, begin, end);
+  const int64_t segments = p.w.header->segments;
+  const Activations x(p, Kernel::word_bytes(T));
+  alignas(64) float totals[kStrip][kBand * kBlock];
+  alignas(64) float bias[kBlock];
+  const int64_t chunk = end - begin == 1 ? segments : kChunkBytes / (kBand * kSegment * x.input_bytes);
+  for (int64_t top = 0; top < p.rows; top += kBand) {
+    const int64_t bottom = p.rows - top < kBand ? p.rows : top + kBand;
+    for (int64_t block = begin; block < end; ++block)
+      std::memset(totals[block - begin], 0, static_cast<size_t>(padded_rows(bottom - top)) * kBlock * sizeof(float));
+    for (int64_t s = 0; s < segments; s += chunk)
+      for (int64_t block = begin; block < end; ++block)
+        multiply_band<Kernel, BITS, T>(p, x, block, s, segments - s < chunk ? segments : s + chunk,
+                                       {top, bottom, p.rows, totals[block - begin]});
+    for (int64_t block = begin; block < end; ++block) {
+      const int count = load_bias(p, block, bias);
       for (int64_t row = top; row < bottom; ++row)
-        Kernel::store_row(totals + (row - top) * kBlock, bias, p.y, p.dtype, row * p.y_stride + first, count);
+        Kernel::store_row(totals[block - begin] + (row - top) * kBlock, bias, p.y, p.dtype, row * p.y_stride + block * kBlock,
+                          count);
     }
   }
 }

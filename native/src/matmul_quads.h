@@ -27,7 +27,8 @@ struct QuadKernel {
   static int code_offset(const Product &) { return 0; }
   static constexpr int64_t word_bytes(int T) { return T == kFloat ? 4 : digits_of(T); }
   static constexpr bool has_row(int) { return false; }
-  static constexpr int panel_units(int, int) { return 0; }
+  static constexpr int least_panel_rows(int, int) { return kNever; }
+  static constexpr int kAloneAhead = 0;
 
   static void store_row(const float *totals, const float *bias, void *y, int32_t dtype, int64_t at, int count) {
     for (int o = 0; o < count; ++o) store_float(y, dtype, at + o, totals[o] + bias[o]);
@@ -114,6 +115,7 @@ void prepare_rows_as(const Product &p, int code_offset, int64_t begin, int64_t e
     const Tile tile = tile_of(row, p.rows);
     for (int64_t s = 0; s < x.segments; ++s) prepare_quads<T>(p, code_offset, x, row, tile, s);
   }
+  if (end == p.rows) x.clear_padding(p, T == kFloat ? 16 : 4);
 }
 
 // A kernel's entry points, for the forms that its form() chooses from.

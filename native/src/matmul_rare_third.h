@@ -19,6 +19,8 @@ struct RareThird {
   int32_t *two, *third;
   uint32_t *rare;
 
+  RareThird(int32_t *two_words, int32_t *third_words, uint32_t *rare_word)
+      : two(two_words), third(third_words), rare(rare_word) {}
   RareThird(const uint8_t *x, const Segment *segments, int64_t count, int64_t s) {
     const int64_t quads = (int64_t{segments[count - 1].unit} + segments[count - 1].units) * kQuads;
     int32_t *const words = reinterpret_cast<int32_t *>(const_cast<uint8_t *>(x));

@@ -105,6 +105,7 @@ struct SolverKernels {
 extern const SolverKernels kSolverPortable;
 extern const SolverKernels kSolverAvx2;
 extern const SolverKernels kSolverAvx512;
+extern const SolverKernels kSolverAvx512Bf16;
 extern const SolverKernels kSolverNeon;
 
 }  // namespace lgq

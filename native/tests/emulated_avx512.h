@@ -1,4 +1,4 @@
-// AVX-512 for a test build on a CPU without it (LGQ_EMULATE_AVX512), included ahead of every *_avx512.cpp. Intrinsics
+// AVX-512 for a test build on a CPU without it (LGQ_EMULATE_AVX512), included ahead of every *_avx512.cpp and *_avx512_bf16.cpp. Intrinsics
 // are SIMDe's; those that SIMDe 0.7.4 lacks are written out here, and one that neither has does not compile. Vectors of
 // 64 bytes are GNU C and need no help.
 #pragma once
@@ -18,7 +18,9 @@
 #endif
 // What the sources ask the compiler; after SIMDe, which asks it as well.
 #define __AVX512F__ 1
+#if defined(LGQ_EMULATE_BF16)
 #define __AVX512BF16__ 1
+#endif
 
 namespace {
 namespace emulated {
