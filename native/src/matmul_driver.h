@@ -279,7 +279,7 @@ template <class Kernel, int BITS, int T>
 inline __attribute__((always_inline)) void multiply_tiles(const TileArgs &whole, const Segment &segment,
                                                           int64_t s, const Activations &x, const Band &band) {
   const uint8_t *next = whole.codes + whole.units * whole.unit_bytes;
-  if (band.rows <= kTileRows) {
+  if (band.rows > 1 && band.rows <= kTileRows) {
     TileArgs args = band.tile(whole, x, band.top, segment, s);
     args.next = whole.codes;
     return Kernel::template tile<BITS, T, kTileRows, Kernel::kAloneAhead>(args);
