@@ -77,30 +77,25 @@ LGQ_INLINE void unpack_unit(const uint8_t *codes, uint8_t *panel, std::integer_s
     (_mm512_store_si512(panel + Q * kRunBytes + v * 64, quad_bytes<BITS, Q>(codes + v * 64)), ...);
 }
 
-// Adds the third digits of MR rows for the quads in `rare`; `third` are the segment's, [quad][row].
-template <int BITS, int MR>
-LGQ_INLINE void add_rare(const uint8_t *codes, const int32_t *third, uint32_t rare, __m512i (&sum)[kVectorsPerBlock][MR]) {
+// sums[v] = codes * `digit` of quad `at` of a segment.
+template <int BITS>
+LGQ_INLINE void multiply_one_quad(const uint8_t *codes, int at, int32_t digit, __m512 (&sums)[kVectorsPerBlock]) {
   constexpr int fields = BITS == 3 ? 2 : 8 / BITS;  // whole ones in a byte
-#pragma GCC unroll 1
-  for (; rare != 0; rare &= rare - 1) {
-    const int at = __builtin_ctz(rare), quad = at % kQuads;
-    const uint8_t *unit = codes + at / kQuads * (kRunBytes * BITS);
-    const bool split = BITS == 3 && quad >= 6;
-    const int run = split ? quad - 6 : quad / fields;
-    const __m128i shift = _mm_cvtsi32_si128(split ? 6 : quad % fields * BITS), high_shift = _mm_cvtsi32_si128(quad - 2);
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>(split ? 3 : (1 << BITS) - 1));
+  const int quad = at % kQuads;
+  const uint8_t *unit = codes + at / kQuads * (kRunBytes * BITS);
+  const bool split = BITS == 3 && quad >= 6;
+  const int run = split ? quad - 6 : quad / fields;
+  const __m128i shift = _mm_cvtsi32_si128(split ? 6 : quad % fields * BITS), high_shift = _mm_cvtsi32_si128(quad - 2);
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(split ? 3 : (1 << BITS) - 1));
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectorsPerBlock; ++v) {
-      __m512i w = run_at(unit + v * 64, run);
-      if (BITS < 8) w = _mm512_and_si512(_mm512_srl_epi32(w, shift), mask);
-      if (split) {
-        const __m512i high = _mm512_srl_epi32(run_at(unit + v * 64, 2), high_shift);
-        w = _mm512_or_si512(w, _mm512_and_si512(high, _mm512_set1_epi8(4)));
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m)
-        sum[v][m] = _mm512_dpbusd_epi32(sum[v][m], w, _mm512_set1_epi32(third[at * MR + m]));
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    __m512i w = run_at(unit + v * 64, run);
+    if (BITS < 8) w = _mm512_and_si512(_mm512_srl_epi32(w, shift), mask);
+    if (split) {
+      const __m512i high = _mm512_srl_epi32(run_at(unit + v * 64, 2), high_shift);
+      w = _mm512_or_si512(w, _mm512_and_si512(high, _mm512_set1_epi8(4)));
     }
+    sums[v] = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w, _mm512_set1_epi32(digit)));
   }
 }
 

@@ -130,19 +130,13 @@ LGQ_INLINE void row_segment_int8(const RowArgs &a, const Segment &segment, int64
   }
 }
 
-// D digits of a unit's quads; of three the last lies apart (RareThird).
+// D digits of each quad, beside each other.
 template <int D>
 struct Digits {
-  static constexpr int kNear = D == 3 ? 2 : D;
-  const int32_t *x, *third;
+  const int32_t *x;
 
-  __m512i operator()(int quad, int d) const {
-    return _mm512_set1_epi32(D == 3 && d == 2 ? third[quad] : x[quad * kNear + d]);
-  }
-  void skip(int quads) {
-    x += quads * kNear;
-    if (D == 3) third += quads;
-  }
+  __m512i operator()(int quad, int d) const { return _mm512_set1_epi32(x[quad * D + d]); }
+  void skip(int quads) { x += quads * D; }
 };
 
 template <int D>
@@ -234,18 +228,17 @@ LGQ_INLINE __m512 join_digits(__m512i high, __m512i low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
 }
 
-// sum(x (code - zero)) from the sums of the digits, the highest first.
+// sum(x (code - zero)) from the sums of the first two digits of three, or of all four.
 template <int D>
 LGQ_INLINE __m512 finish_digits(const RowArgs &a, int64_t s, const uint8_t *zeros, const __m512i (&digits)[D]) {
-  const __m512 start = _mm512_set1_ps(a.init[s]), high = join_digits(digits[0], digits[1]);
-  const __m512 sum = D == 3 ? _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(digits[2]))
-                            : _mm512_fmadd_ps(high, _mm512_set1_ps(65536.0f), join_digits(digits[D - 2], digits[D - 1]));
-  __m512 below = start;
+  const __m512 start = _mm512_set1_ps(a.init[s]);
+  __m512 below = start, sum = join_digits(digits[0], digits[1]);
+  if (D == 4) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(65536.0f), join_digits(digits[D - 2], digits[D - 1]));
   if (!a.symmetric) {
     const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(zeros));
     below = _mm512_mul_ps(start, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
   }
-  return _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale[s]), below);
+  return _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale[s] * (D == 2 ? 256.0f : 1.0f)), below);
 }
 
 template <int BITS, bool FETCH, int D>
@@ -257,21 +250,35 @@ LGQ_INLINE void row_segment_digits(const RowArgs &a, const Segment &segment, int
   for (int v = 0; v < kVectorsPerBlock; ++v) sums[v] = finish_digits<D>(a, s, zeros + v * kVector, acc[v]);
 }
 
-template <int BITS, bool FETCH>
-LGQ_INLINE void row_segment_rare_third(const RowArgs &a, const Segment &segment, int64_t s, const uint8_t *zeros,
-                                       __m512 (&sums)[kVectorsPerBlock]) {
-  const RareThird x(a.x, a.segments, a.count, s);
-  const uint32_t rare = *x.rare;
-  if (__builtin_popcount(rare) > kMostRare)
-    return row_segment_digits<BITS, FETCH>(a, segment, s, zeros, Digits<3>{x.two, x.third}, sums);
-  __m512i two[kVectorsPerBlock][2], third[kVectorsPerBlock][1];
-  sum_digits<BITS, FETCH>(a, segment, Digits<2>{x.two, nullptr}, two);
+// total[v] += sums[v] * times * scales.
+LGQ_INLINE void add_to_totals(const uint16_t *scales, const __m512 (&sums)[kVectorsPerBlock], float times,
+                              __m512 (&total)[kVectorsPerBlock]) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v) third[v][0] = _mm512_setzero_si512();
-  add_rare<BITS>(a.codes + segment.unit * a.unit_bytes, x.third, rare, third);
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(scales + v * kVector));
+    total[v] = _mm512_fmadd_ps(_mm512_mul_ps(sums[v], _mm512_set1_ps(times)), _mm512_cvtph_ps(half), total[v]);
+  }
+}
+
+// The third digits of a segment: one by one, or of every quad if many are not 0.
+template <int BITS>
+LGQ_INLINE void add_thirds(const RowArgs &a, const Segment &segment, int64_t s, const RareThird &x, const uint16_t *scales,
+                           __m512 (&total)[kVectorsPerBlock]) {
+  __m512 sums[kVectorsPerBlock];
+  uint32_t rare = *x.rare;
+  if (__builtin_popcount(rare) > kMostRare) {
+    __m512i acc[kVectorsPerBlock][1];
+    sum_digits<BITS, false>(a, segment, Digits<1>{x.third}, acc);
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-    sums[v] = finish_digits<3>(a, s, zeros + v * kVector, {two[v][0], two[v][1], third[v][0]});
+    for (int v = 0; v < kVectorsPerBlock; ++v) sums[v] = _mm512_cvtepi32_ps(acc[v][0]);
+    return add_to_totals(scales, sums, a.scale[s], total);
+  }
+#pragma GCC unroll 1
+  for (; rare != 0; rare &= rare - 1) {
+    const int at = __builtin_ctz(rare);
+    multiply_one_quad<BITS>(a.codes + segment.unit * a.unit_bytes, at, x.third[at], sums);
+    add_to_totals(scales, sums, a.scale[s], total);
+  }
 }
 
 // The next segment's activations: codes have driven them out of the first-level cache since they were read.
@@ -298,19 +305,17 @@ void row_avx512(const RowArgs &a) {
     for (int line = 0; FETCH && line < 2; ++line)
       _mm_prefetch(reinterpret_cast<const char *>(a.scales + at + kScalesAhead * kBlock + line * 32), _MM_HINT_T0);
     __m512 sums[kVectorsPerBlock];
+    const RareThird rare(a.x, a.segments, T == kRareThird ? a.count : 1, T == kRareThird ? s : 0);
     if constexpr (T == kInt8) {
       row_segment_int8<BITS, FETCH>(a, segment, s, a.zeros + at, sums);
     } else if constexpr (T == kRareThird) {
-      row_segment_rare_third<BITS, FETCH>(a, segment, s, a.zeros + at, sums);
+      row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<2>{rare.two}, sums);
     } else {
       const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * digits_of(T);
-      row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<digits_of(T)>{x, nullptr}, sums);
+      row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<digits_of(T)>{x}, sums);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectorsPerBlock; ++v) {
-      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i *>(a.scales + at + v * kVector));
-      total[v] = _mm512_fmadd_ps(sums[v], _mm512_cvtph_ps(half), total[v]);
-    }
+    add_to_totals(a.scales + at, sums, 1.0f, total);
+    if constexpr (T == kRareThird) add_thirds<BITS>(a, segment, s, rare, a.scales + at, total);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) _mm512_store_ps(a.totals + v * kVector, total[v]);

@@ -112,45 +112,67 @@ LGQ_INLINE void add_two_digits(const TileArgs &a, const int32_t *&x, __m512i (&a
   x += 2 * words;
 }
 
-// Quads with a third digit that is not 0 in some row of a tile: more take longer one by one than all.
-constexpr int kMostRareInTile = 16;
+// Row m's totals of vector v += scale * sum * step.
+LGQ_INLINE void add_third(const TileArgs &a, int v, int64_t m, __m512 sum) {
+  float *total = a.totals + m * kBlock + v * kVector;
+  const __m512 exact = _mm512_mul_ps(sum, _mm512_set1_ps(a.scale[m]));
+  _mm512_store_ps(total, _mm512_fmadd_ps(exact, _mm512_load_ps(a.grid->scale + v * kVector), _mm512_load_ps(total)));
+}
+
+// The third digits [quad][row]: one by one, or of every quad of the rows that have many. `rare`: [row].
+template <int BITS, int MR>
+LGQ_INLINE void add_thirds(const TileArgs &a, const int32_t *third, const uint32_t *rare) {
+  uint32_t dense = 0;
+  for (int m = 0; m < MR; ++m) dense |= static_cast<uint32_t>(__builtin_popcount(rare[m]) > kMostRare) << m;
+  if (dense != 0) {
+    __m512i acc[kVectorsPerBlock][MR];
+    clear(acc);
+    add_words<BITS, MR, 0>(a, third, acc);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectorsPerBlock; ++v)
+        if (dense >> m & 1) add_third(a, v, m, _mm512_cvtepi32_ps(acc[v][m]));
+  }
+#pragma GCC unroll 1
+  for (int pair = 0; pair < MR; pair += 2) {
+    uint64_t left = dense >> pair & 1 ? 0 : rare[pair];
+    if (pair + 1 < MR && !(dense >> (pair + 1) & 1)) left |= static_cast<uint64_t>(rare[pair + 1]) << 32;
+#pragma GCC unroll 1
+    for (; left != 0; left &= left - 1) {
+      const int at = __builtin_ctzll(left), quad = at & 31, m = pair + (at >> 5);
+      __m512 sums[kVectorsPerBlock];
+      multiply_one_quad<BITS>(a.codes, quad, third[quad * MR + m], sums);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectorsPerBlock; ++v) add_third(a, v, m, sums[v]);
+    }
+  }
+}
 
 template <int BITS, int T, int MR, int LINES>
 LGQ_INLINE void tile_digits(const TileArgs &a) {
   __m512i acc[kVectorsPerBlock][MR];
   const int32_t *x = reinterpret_cast<const int32_t *>(a.x);
   add_two_digits<BITS, MR, LINES>(a, x, acc);
-  const uint32_t *const rows = reinterpret_cast<const uint32_t *>(x + a.units * kQuads * MR);
-  uint32_t rare = 0;
-  for (int m = 0; T == kRareThird && m < MR; ++m) rare |= rows[m];
-  if (T == kRareThird && rare == 0) {
+  if constexpr (T == kRareThird) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v)
 #pragma GCC unroll 4
       for (int m = 0; m < MR; ++m) add_fixed_point(a, v, m, _mm512_cvtepi32_ps(acc[v][m]), a.scale[m] * 256.0f);
-    return;
-  }
-  __m512 high[kVectorsPerBlock][MR];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) high[v][m] = _mm512_cvtepi32_ps(acc[v][m]);
-  if constexpr (T == kRareThird) {
-    clear(acc);
-    if (__builtin_popcount(rare) <= kMostRareInTile)
-      add_rare<BITS>(a.codes, x, rare, acc);
-    else
-      add_words<BITS, MR, 0>(a, x, acc);
+    add_thirds<BITS, MR>(a, x, reinterpret_cast<const uint32_t *>(x + a.units * kQuads * MR));
   } else {
+    __m512 high[kVectorsPerBlock][MR];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v)
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) high[v][m] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[v][m]), _mm512_set1_ps(65536.0f));
     add_two_digits<BITS, MR, 0>(a, x, acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectorsPerBlock; ++v)
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m)
+        add_fixed_point(a, v, m, _mm512_add_ps(high[v][m], _mm512_cvtepi32_ps(acc[v][m])), a.scale[m]);
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) {
-      const __m512 times = _mm512_set1_ps(T == kRareThird ? 256.0f : 65536.0f);
-      add_fixed_point(a, v, m, _mm512_fmadd_ps(high[v][m], times, _mm512_cvtepi32_ps(acc[v][m])), a.scale[m]);
-    }
 }
 
 // A tile with codes of BITS; fetches LINES lines a unit.

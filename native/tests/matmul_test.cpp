@@ -211,31 +211,38 @@ void check_outlier(int32_t bits) {
   }
 }
 
-// Inputs of which only the third digit of fixed point is not 0, in `count` quads of each segment, beside one without weights
-// that is 2^18 times as large, close to a power of two or on one.
-void check_third_digits(int32_t bits, int64_t count, double largest) {
+// Inputs of which only the third digit of fixed point is not 0, in `count` quads of each segment (7 more in each row that
+// follows, so that a tile has rows with few and with many), beside one without weights that is 2^18 times as large, close to a
+// power of two or on one.
+void check_third_digits(int32_t bits, int64_t count, double largest, int64_t rows) {
   Layer layer(256, 41, bits, 128, false);
   layer.silence(0);
   layer.silence(128);
   const Packed packed(layer);
   for (const int32_t dtype : {LGQ_BF16, LGQ_F16}) {
-    Buffer given(dtype, layer.in), y(dtype, layer.out);
-    std::vector<double> x(static_cast<size_t>(layer.in));
-    for (int64_t k = 0; k < 2 * count; ++k) x[k % 2 * 128 + (7 + 13 * k / 2) % 32 * 4 + 1 + k % 3] = std::ldexp(127, -17);
-    x[0] = x[128] = largest;
-    for (int64_t i = 0; i < layer.in; ++i) given.set(i, x[static_cast<size_t>(i)]);
-    CHECK(lgq_matmul(packed.memory.get(), packed.bytes, 1, given.data(), layer.in, nullptr, LGQ_F32, y.data(), layer.out,
+    Buffer given(dtype, rows * layer.in), y(dtype, rows * layer.out);
+    std::vector<double> x(static_cast<size_t>(rows * layer.in));
+    for (int64_t r = 0; r < rows; ++r) {
+      double *row = x.data() + r * layer.in;
+      for (int64_t k = 0; k < 2 * ((count + 7 * r) % 33); ++k)
+        row[k % 2 * 128 + (7 + 13 * k / 2) % 32 * 4 + 1 + k % 3] = std::ldexp(127, -17);
+      row[0] = row[128] = largest;
+    }
+    for (int64_t i = 0; i < rows * layer.in; ++i) given.set(i, x[static_cast<size_t>(i)]);
+    CHECK(lgq_matmul(packed.memory.get(), packed.bytes, rows, given.data(), layer.in, nullptr, LGQ_F32, y.data(), layer.out,
                      dtype, LGQ_EXACT) == LGQ_OK);
-    for (int64_t o = 0; o < layer.out; ++o) {
+    for (int64_t at = 0; at < rows * layer.out; ++at) {
+      const double *row = x.data() + at / layer.out * layer.in;
       double sum = 0, magnitude = 0;
       for (int64_t i = 0; i < layer.in; ++i) {
-        sum += x[i] * layer.weight(o, i);
-        magnitude += std::fabs(x[i] * layer.weight(o, i));
+        const double product = row[i] * layer.weight(at % layer.out, i);
+        sum += product;
+        magnitude += std::fabs(product);
       }
       const double step = std::ldexp(1.0 + 1.0, -6);  // the largest scale
       const double bound = std::ldexp(300 * magnitude + 8 * largest * (1 << bits) * step, -24) +
                            std::ldexp(std::fabs(sum), -1 - y.fraction_bits()) + std::ldexp(1.0, -25);
-      CHECK(std::fabs(y.get(o) - sum) <= bound);
+      CHECK(std::fabs(y.get(at) - sum) <= bound);
     }
   }
 }
@@ -282,7 +289,8 @@ void test_matmul() {
   for (const int32_t bits : {2, 3, 4, 8}) check_outlier(bits);
   for (const int32_t bits : {2, 3, 4, 8})
     for (const int64_t count : {0, 1, 8, 9, 32})
-      for (const double largest : {16.0, 31.875}) check_third_digits(bits, count, largest);
+      for (const double largest : {16.0, 31.875})
+        for (const int64_t rows : {1, 6, 13}) check_third_digits(bits, count, largest, rows);
   check_not_finite(Layer(172, 41, 4, 64, false));
   check_not_finite(Layer(60, 20, 8, 64, false));
   check_refusals();
