@@ -14,15 +14,24 @@ MODEL = Path(__file__).parents[1] / "examples" / "pep-llama-6m"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def capability(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def capability(monkeypatch: pytest.MonkeyPatch, name: str, bfloat16: bool = False) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "expected"),
+    [
+        ("AVX2", False, torch.float32),
+        ("AVX512", False, torch.float32),
+        ("AVX512", True, torch.bfloat16),
+        ("SVE256", False, torch.bfloat16),
+    ],
+)
 def test_bfloat16_is_computed_in_where_the_cpu_has_it(
-    monkeypatch: pytest.MonkeyPatch, name: str, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, bfloat16: bool, expected: torch.dtype
 ) -> None:
-    capability(monkeypatch, name)
+    capability(monkeypatch, name, bfloat16)
     assert arithmetic_on(torch.bfloat16, CPU) == expected
 
 
