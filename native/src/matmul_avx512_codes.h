@@ -69,12 +69,19 @@ LGQ_INLINE __m512i quad_bytes(const uint8_t *vector) {
     return quad_of_run<BITS, quad_shift(BITS, Q) / BITS>(run_at(vector, quad_run(BITS, Q)));
 }
 
+template <int BITS, int Q>
+LGQ_INLINE void unpack_quad(const uint8_t *codes, uint8_t *panel) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectorsPerBlock; ++v) {
+    const __m512i bytes = quad_bytes<BITS, Q>(codes + v * 64);
+    _mm512_store_si512(panel + v * 64, bytes);
+  }
+}
+
 // A unit's codes as bytes, in the layout of 8-bit codes.
 template <int BITS, int... Q>
 LGQ_INLINE void unpack_unit(const uint8_t *codes, uint8_t *panel, std::integer_sequence<int, Q...>) {
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectorsPerBlock; ++v)
-    (_mm512_store_si512(panel + Q * kRunBytes + v * 64, quad_bytes<BITS, Q>(codes + v * 64)), ...);
+  (unpack_quad<BITS, Q>(codes, panel + Q * kRunBytes), ...);
 }
 
 // sums[v] = codes * `digit` of quad `at` of a segment.

@@ -70,6 +70,13 @@ EMULATED __m512i cvtepu16_epi32(__m256i a) {
   return bits<__m512i>(r);
 }
 
+EMULATED __m256i cvtepi32_epi16(__m512i a) {
+  const Numbers n = bits<Numbers>(a);
+  Halves r;
+  for (int i = 0; i < 16; ++i) r.at[i] = static_cast<uint16_t>(n.at[i]);
+  return bits<__m256i>(r);
+}
+
 EMULATED __m512i srai_epi32(__m512i a, unsigned places) {
   Numbers r = bits<Numbers>(a);
   for (int32_t &n : r.at) n >>= places < 31 ? places : 31;
@@ -154,6 +161,7 @@ EMULATED __m512 dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_cvtph_ps emulated::cvtph_ps
