@@ -92,9 +92,10 @@ class Probe:
         """
         if mode == "int8":
             return self.operations_per_second(2)
-        kinds = [kind for kind in (0, 1) if self.lib.probe_step(kind)]
-        rates = [self.operations_per_second(kind) for kind in kinds]
-        return max(rates + [self.operations_per_second(2) / 2] * (self.lib.probe_step(2) == 3072))
+        rates = [self.operations_per_second(kind) for kind in (0, 1) if self.lib.probe_step(kind)]
+        if self.lib.probe_has_dot_products():
+            rates.append(self.operations_per_second(2) / 2)
+        return max(rates)
 
 
 class Rotation:

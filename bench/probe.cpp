@@ -51,8 +51,7 @@ static inline double depending_on(V v) {
 
 extern "C" {
 
-// Operations of one step of probe_peak: float32 FMAs (kind 0), bf16 dot products or 0 where there are none (1), products of
-// bytes (2).
+// Operations of one step of probe_peak: float32 FMAs (kind 0), bf16 dot products (1; 0 where there are none), products of bytes (2).
 int32_t probe_step(int kind) {
 #if defined(__AVX512BF16__)
   constexpr int pairs = sizeof(Floats) / 2;
@@ -61,6 +60,15 @@ int32_t probe_step(int kind) {
 #endif
   constexpr int lanes = sizeof(Floats) / 4;
   return 2 * 12 * (kind == 2 ? 4 * lanes : kind == 1 ? pairs : lanes);
+}
+
+// Whether products of bytes sum into 32 bits, so that two of them are one with 16-bit activations.
+int32_t probe_has_dot_products() {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
 }
 
 // Reads all bytes once with every thread; returns a value that depends on them. Lines are fetched 4 KiB ahead: without that
