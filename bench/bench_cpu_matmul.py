@@ -83,7 +83,6 @@ class Probe:
         operations = torch.get_num_threads() * self.lib.probe_step(kind) * PEAK_STEPS
         return operations / seconds(lambda: self.lib.probe_peak(kind, PEAK_STEPS))
 
-
     def peak(self, mode: str) -> float:
         """Multiplications and additions a second that the arithmetic of a mode allows.
 

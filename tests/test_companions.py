@@ -20,19 +20,20 @@ def capability(monkeypatch: pytest.MonkeyPatch, name: str, bfloat16: bool = Fals
 
 
 @pytest.mark.parametrize(
-    ("name", "bfloat16", "expected"),
+    ("name", "bfloat16", "dense", "quantized"),
     [
-        ("AVX2", False, torch.float32),
-        ("AVX512", False, torch.float32),
-        ("AVX512", True, torch.bfloat16),
-        ("SVE256", False, torch.bfloat16),
+        ("AVX2", False, torch.float32, torch.float32),
+        ("AVX512", False, torch.float32, torch.bfloat16),
+        ("AVX512", True, torch.bfloat16, torch.bfloat16),
+        ("SVE256", False, torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_bfloat16_is_computed_in_where_the_cpu_has_it(
-    monkeypatch: pytest.MonkeyPatch, name: str, bfloat16: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, bfloat16: bool, dense: torch.dtype, quantized: torch.dtype
 ) -> None:
     capability(monkeypatch, name, bfloat16)
-    assert arithmetic_on(torch.bfloat16, CPU) == expected
+    assert arithmetic_on(torch.bfloat16, CPU) == dense
+    assert arithmetic_on(torch.bfloat16, CPU, quantized=True) == quantized
 
 
 def test_other_dtypes_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,8 @@ def _load_quantized(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     config = load_config(reader, trust_remote_code=trust_remote_code)
-    chosen = dtype if isinstance(dtype, torch.dtype) else arithmetic_on(_config_dtype(config), device)
+    own = _config_dtype(config)
+    chosen = dtype if isinstance(dtype, torch.dtype) else arithmetic_on(own, device, quantized=True)
     model = build_empty_model(config, dtype=chosen, trust_remote_code=trust_remote_code)
     fill_buffers(model, device)
     insert_quant_linears(model, reader, quantization, mode)

@@ -16,9 +16,9 @@ from lightgptq.ops import cpu
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built here")
 
-# Relative to sum |x||w| of an output. exact: float32 sums of at most 300 products; AVX-512's bfloat16 dot products add the
-# constant of their mantissa trick, at most 25 times an 8-bit weight of half range 8, to what is summed; a single row, with
-# AVX-512 and NEON any, is fixed point, off by at most 2^-22 of the largest |x|, here 5 times the mean.
+# Relative to sum |x||w| of an output. exact: float32 sums of at most 300 products; AVX-512's bfloat16 dot products
+# add the constant of their mantissa trick, at most 25 times an 8-bit weight of half range 8, to what is summed; a
+# single row, with AVX-512 and NEON any, is fixed point, off by at most 2^-22 of the largest |x|, here 5 times the mean.
 # int8: half a step of 1/127 of the largest activation of a segment, which is about 4 sigma: 1.2e-3 of the sum at
 # 96 inputs as a standard deviation; 8 of those are allowed.
 EXACT = 300 * 2.0**-24
@@ -122,7 +122,7 @@ def test_repacking_loses_nothing(bits, checkpoint_format):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_row_does_not_depend_on_its_batch(isa, bits):
-    """To the bit, where one row and several are multiplied in the same arithmetic: a served request gets the same answer."""
+    """To the bit, where one row and several have the same arithmetic: a served request gets the same answer."""
     if isa in ("avx2", "avx512_bf16"):
         pytest.skip("several rows are multiplied as floating point there, one as fixed point")
     q = random_quantized(70, 300, bits, 128, sym=False, act_order=False)
