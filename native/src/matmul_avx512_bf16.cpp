@@ -1,29 +1,27 @@
-// The quantized product with AVX-512 and its bfloat16 dot products, for several rows of bfloat16; all else as matmul_avx512.cpp.
+// The quantized product with AVX-512 and its bfloat16 dot products: several rows of bfloat16 at 2 to 4 bits; all else as
+// matmul_avx512.cpp.
 //
-// A code c becomes a bf16 without a conversion, by putting its bits into a mantissa: 1 + c / 2^bits (8-bit codes as two
-// nibbles: 1 + low / 16 and 16 + high). All of these are exact, the constant's share is taken off by starting the accumulator
-// at -(A + zero / D) * sum(x).
+// A code c becomes a bf16 without a conversion, by putting its bits into a mantissa: 1 + c / 2^bits, which is exact; the
+// constant's share is taken off by starting the accumulator at -(1 + zero / 2^bits) * sum(x). 8-bit codes would take two of
+// them, four instructions for 64 codes where digits take two.
 //
 // This is for AMD's processors. On Intel's (Emerald Rapids) one such instruction takes as long as two integer dot products of
-// twice as many codes, so that digits take half the time, and a single row wants its codes fetched; isa.cpp chooses.
+// twice as many codes, so that digits take less than half the time, and a single row wants its codes fetched; isa.cpp chooses.
 #include "matmul_avx512_kernel.h"
 
 namespace {
 
-// Constants of the mantissa trick: x * code = D * (x * value - A * x).
+// x * code = levels * (x * value - x).
 template <int BITS>
-struct Mantissa {
-  static constexpr float A = BITS == 8 ? 17.0f : 1.0f;
-  static constexpr float D = BITS == 8 ? 16.0f : static_cast<float>(1 << BITS);
-};
+constexpr float kLevels = static_cast<float>(1 << BITS);
 
 constexpr int kAndOr = 0xEA;  // (a & b) | c
 
-// Bytes 0 and 2 (ODD = 0) or 1 and 3 (ODD = 1) of quad Q as bf16 pairs 1 + c / 2^BITS; for 8 bits the low nibbles.
+// Bytes 0 and 2 (ODD = 0) or 1 and 3 (ODD = 1) of quad Q as bf16 pairs 1 + c / 2^BITS.
 template <int BITS, int Q, int ODD>
 LGQ_INLINE __m512bh pair_floats(const uint8_t *vector) {
-  constexpr int bits = BITS == 8 ? 4 : BITS, top = 7 - bits;
-  const __m512i mask = _mm512_set1_epi16(((1 << bits) - 1) << top), one = _mm512_set1_epi16(0x3f80);
+  constexpr int top = 7 - BITS;
+  const __m512i mask = _mm512_set1_epi16(((1 << BITS) - 1) << top), one = _mm512_set1_epi16(0x3f80);
   if constexpr (quad_is_split(BITS, Q)) {
     const __m512i low = shift_right<6 + 8 * ODD - top>(run_at(vector, Q - 6));
     const __m512i high = shift_right<Q + 8 * ODD - top - 2>(run_at(vector, 2));
@@ -33,13 +31,6 @@ LGQ_INLINE __m512bh pair_floats(const uint8_t *vector) {
     const __m512i moved = shift_right<quad_shift(BITS, Q) + 8 * ODD - top>(run_at(vector, quad_run(BITS, Q)));
     return (__m512bh)_mm512_ternarylogic_epi32(moved, mask, one, kAndOr);
   }
-}
-
-// The high nibbles of 8-bit codes as bf16 pairs 16 + high.
-template <int Q, int ODD>
-LGQ_INLINE __m512bh high_nibbles(const uint8_t *vector) {
-  const __m512i moved = shift_right<4 + 8 * ODD - 3>(run_at(vector, Q));
-  return (__m512bh)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(0x4180), kAndOr);
 }
 
 template <int MR>
@@ -59,11 +50,6 @@ LGQ_INLINE void pair_exact(const uint8_t *codes, const uint8_t *x, __m512 (&acc)
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = pair_floats<BITS, Q, ODD>(codes + v * 64);
   dot_pairs(w, xp, acc);
-  if constexpr (BITS == 8) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectorsPerBlock; ++v) w[v] = high_nibbles<Q, ODD>(codes + v * 64);
-    dot_pairs(w, xp, acc);
-  }
 }
 
 template <int BITS, int MR, int Q>
@@ -108,17 +94,17 @@ LGQ_INLINE void tile_exact(const TileArgs &a) {
   }
 }
 
-// -(zero term of a symmetric grid) times the sum, or the negated sum alone.
+// -(1 + zero / levels) times the sum with a symmetric grid, or the negated sum alone.
 LGQ_INLINE float start_exact(const PackedHeader &h, float sum) {
-  const float A = h.bits == 8 ? Mantissa<8>::A : 1.0f, D = h.bits == 8 ? Mantissa<8>::D : static_cast<float>(1 << h.bits);
-  return h.symmetric ? -(A + static_cast<float>(h.zero) / D) * sum : -sum;
+  return h.symmetric ? -(1.0f + static_cast<float>(h.zero) / static_cast<float>(1 << h.bits)) * sum : -sum;
 }
 
 struct Avx512Bf16 : Avx512<false> {
   using Base = Avx512<false>;
 
   static int form(const Product &p) {
-    return p.mode == LGQ_EXACT && p.rows > 1 && p.dtype == LGQ_BF16 ? kBf16 : Base::form(p);
+    const bool pairs = p.mode == LGQ_EXACT && p.rows > 1 && p.dtype == LGQ_BF16 && p.w.header->bits < 8;
+    return pairs ? kBf16 : Base::form(p);
   }
   static constexpr int64_t word_bytes(int T) { return T == kBf16 ? 2 : Base::word_bytes(T); }
   static constexpr bool has_row(int T) { return T != kBf16 && Base::has_row(T); }
@@ -129,18 +115,18 @@ struct Avx512Bf16 : Avx512<false> {
     Base::template grid<BITS, T>(scales, zeros, g);
     for (int v = 0; T == kBf16 && v < kVectorsPerBlock; ++v) {
       float *scale = g->scale + v * kVector, *zero = g->zero + v * kVector;
-      _mm512_store_ps(scale, _mm512_mul_ps(_mm512_load_ps(scale), _mm512_set1_ps(Mantissa<BITS>::D)));
+      _mm512_store_ps(scale, _mm512_mul_ps(_mm512_load_ps(scale), _mm512_set1_ps(kLevels<BITS>)));
       if (g->symmetric) continue;
-      const __m512 inverse = _mm512_set1_ps(1.0f / Mantissa<BITS>::D), above = _mm512_set1_ps(Mantissa<BITS>::A);
+      const __m512 inverse = _mm512_set1_ps(1.0f / kLevels<BITS>), above = _mm512_set1_ps(1.0f);
       _mm512_store_ps(zero, _mm512_fmadd_ps(_mm512_load_ps(zero), inverse, above));
     }
   }
 
   template <int BITS, int T, int MR, int AHEAD>
   static void tile(const TileArgs &a) {
-    if constexpr (T == kBf16)
+    if constexpr (T == kBf16 && BITS < 8)
       tile_exact<BITS, MR, lines(BITS, AHEAD)>(a);
-    else
+    else if constexpr (T != kBf16)
       Base::template tile<BITS, T, MR, AHEAD>(a);
   }
 
