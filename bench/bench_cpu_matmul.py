@@ -6,7 +6,7 @@
 
 Between the calls of every round a probe reads memory and another multiplies in registers (``probe.cpp``, compiled here
 for this CPU). Weights rotate among 512 MiB of copies, so that no cache holds them. Outputs are compared with the
-float64 product before anything is timed. Other tools (onnxruntime, openvino, zentorch, ggml) run in processes and
+float64 product before anything is timed. The native call is timed alone, too. Other tools (onnxruntime, openvino, zentorch, ggml) run in processes and
 environments of their own, whose interpreters are given; ggml is taken from the folder of llama.cpp's libraries. What is
 not given is not measured. Appends to bench/results/cpu_matmul.jsonl.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.peers import Peer, PeerError
 from bench.record import append
-from lightgptq import ops
+from lightgptq import native, ops
 from lightgptq.checkpoint.packing import pack
 from lightgptq.core.types import QuantizedWeight
 from lightgptq.ops import cpu
@@ -158,6 +158,22 @@ def candidate(weight: PreparedWeight, x: Tensor, mode: str) -> Rotation:
     return Rotation(copies, lambda w: ops.quant_matmul(x, w, None, mode))
 
 
+def native_call(weights: list[PreparedWeight], x: Tensor, mode: str) -> Rotation:
+    """The same without what Python does around it: the library's function with its arguments made before."""
+    function, count, out_features = cpu._matmul_function(), x.shape[0], weights[0].out_features
+    y = torch.empty((count, out_features), dtype=x.dtype)
+    after = (None, 0, y.data_ptr(), out_features, native.DTYPES[x.dtype], ops.MODES.index(mode))
+    packed = [weight.tensors[0] for weight in weights]
+    arguments = [(p.data_ptr(), p.numel(), count, x.data_ptr(), x.shape[1], *after) for p in packed]
+
+    def product(given: tuple[Any, ...]) -> Tensor:
+        if function(*given) != 0:
+            raise SystemExit("the native product failed")
+        return y
+
+    return Rotation(arguments, product)
+
+
 def baselines(q: QuantizedWeight, x: Tensor) -> dict[str, Rotation]:
     """torch's dense product, and its 4-bit one where it applies."""
     dense = q.dequantize(x.dtype)
@@ -238,7 +254,10 @@ def measure(
         errors = {name: check(name, run(), x[:rows], W, 0.02) for name, run in runs.items()}
         for peer in peers:
             errors[peer.name] = check(peer.name, peer_product(peer, rows, folder), x, W, 0.02)
+        inner = native_call(runs["lightgptq"].copies, x, mode)
+        check("native call", inner(), x[:rows], W, 0.02)
         times: dict[str, list[float]] = {name: [] for name in (*runs, *(peer.name for peer in peers))}
+        native_times: list[float] = []
         bandwidth, peak = [], []
         for _ in range(max(3, options.repeats // (1 if rows <= 16 else 3 if rows <= 64 else 10))):
             probe.bytes_per_second()  # threads that sleep take milliseconds to come
@@ -247,6 +266,7 @@ def measure(
             for name, run in runs.items():
                 run()  # the first call after something else pays for cold caches, 40 microseconds at one row
                 times[name].extend(seconds(run) for _ in range(CALLS))
+            native_times.extend(seconds(inner) for _ in range(CALLS))
             for peer in peers:
                 time.sleep(SETTLE)  # until our own threads sleep
                 times[peer.name].extend(peer.ask(do="time", rows=rows, calls=CALLS + 2)["seconds"][2:])
@@ -254,6 +274,10 @@ def measure(
         ours = quantiles(times["lightgptq"])
         limit = [max(weight_bytes / b, operations / p) for b, p in zip(bandwidth, peak, strict=True)]
         limit = [best for best in limit for _ in range(CALLS)]
+        fractions = {
+            name: quantiles([best / t for best, t in zip(limit, taken, strict=True)], 3)
+            for name, taken in (("call", times["lightgptq"]), ("native", native_times))
+        }
         lines.append(
             {
                 "bits": bits,
@@ -269,9 +293,11 @@ def measure(
                 "probe_gop_s": quantiles([p / 1e9 for p in peak]),
                 "gb_s": float(f"{weight_bytes / ours['p50'] / 1e9:.3g}"),
                 "gop_s": float(f"{operations / ours['p50'] / 1e9:.4g}"),
-                "of_roofline": quantiles(
-                    [best / t for best, t in zip(limit, times["lightgptq"], strict=True)], 3
-                ),
+                "of_roofline": fractions["call"],
+                "native_call": {
+                    "microseconds": quantiles([t * 1e6 for t in native_times]),
+                    "of_roofline": fractions["native"],
+                },
                 "error": {name: float(f"{e:.2g}") for name, e in errors.items()},
                 "repack_ms": round(repack * 1e3, 1),
                 "peers": versions,
@@ -291,7 +317,8 @@ def show(line: dict[str, Any]) -> str:
     return (
         f"{line['bits']} bits {line['mode']:5} M={line['rows']:<3} {line['in']}x{line['out']} | us: {times} | "
         f"{line['gb_s']} GB/s of {line['probe_gb_s']['p50']}, {line['gop_s']} Gop/s of {line['probe_gop_s']['p50']} | "
-        f"{line['of_roofline']['p50']:.2f} of the roofline"
+        f"{line['of_roofline']['p50']:.2f} of the roofline, "
+        f"{line['native_call']['of_roofline']['p50']:.2f} without Python"
     )
 
 

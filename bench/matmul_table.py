@@ -34,7 +34,7 @@ GOALS = {
     ("int8", 512): ("Gop/s", 800),
     ("exact", 512): ("Gop/s", 410),
 }
-RATES = ("GB/s of probe", "Gop/s of probe", "of the roofline")
+RATES = ("GB/s of probe", "Gop/s of probe", "of the roofline", "the native call alone")
 
 Line = dict[str, Any]
 
@@ -76,7 +76,8 @@ def rates(line: Line) -> str:
     memory = f"{line['gb_s']:.1f} of {line['probe_gb_s']['p50']:.1f}"
     arithmetic = f"{line['gop_s']:.0f} of {line['probe_gop_s']['p50']:.0f}"
     spread = f"{fraction['p50']:.2f} ({fraction['p20']:.2f}-{fraction['p80']:.2f})"
-    return f"{memory} | {arithmetic} | {spread}"
+    alone = line.get("native_call")
+    return f"{memory} | {arithmetic} | {spread} | " + (f"{alone['of_roofline']['p50']:.2f}" if alone else "")
 
 
 def print_rows(header: list[str], rows: list[str]) -> None:
