@@ -4,11 +4,11 @@
         [--repeats 30] [--dtype bfloat16] [--asym] [--act-order] [--no-baselines] [--no-append]
         [--peer TOOL=PYTHON ...] [--ggml FOLDER]
 
-Between the calls of every round a probe reads memory and another multiplies in registers (``probe.cpp``, compiled here
-for this CPU). Weights rotate among 512 MiB of copies, so that no cache holds them. Outputs are compared with the
-float64 product before anything is timed. The native call is timed alone, too. Other tools (onnxruntime, openvino, zentorch, ggml) run in processes and
-environments of their own, whose interpreters are given; ggml is taken from the folder of llama.cpp's libraries. What is
-not given is not measured. Appends to bench/results/cpu_matmul.jsonl.
+Between the calls of every round a probe reads memory and another multiplies in registers (``probe.cpp``, compiled
+here for this CPU). Weights rotate among 512 MiB of copies, so that no cache holds them. Outputs are compared with the
+float64 product before anything is timed. The native call is timed alone, too. Other tools (onnxruntime, openvino,
+zentorch, ggml) run in processes and environments of their own, whose interpreters are given; ggml is taken from the
+folder of llama.cpp's libraries. What is not given is not measured. Appends to bench/results/cpu_matmul.jsonl.
 """
 
 from __future__ import annotations
