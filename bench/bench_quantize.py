@@ -28,6 +28,7 @@ from bench.random_llama import write_random_llama
 from bench.record import append
 from bench.stages import BlockShape, Rates, breakdown, print_breakdown
 from lightgptq import QuantScheme
+from lightgptq.companions import arithmetic_on, named_dtype
 from lightgptq.quantization.calibration import CalibrationSet
 from lightgptq.quantization.progress import Progress
 from lightgptq.quantization.timing import measured
@@ -108,7 +109,9 @@ def run(
     source, out = work / f"{shape.name}-{shape.layers}", work / "out"
     if not source.exists():
         write_random_llama(source, layers=shape.layers, vocabulary=vocabulary, **sizes)
-    rates = Rates.measure(torch.device("cpu"), torch.bfloat16, work, 256 if options.tiny else 2048)
+    device = torch.device("cpu")
+    dtype = named_dtype(options.dtype) or arithmetic_on(torch.bfloat16, device)  # as the run chooses
+    rates = Rates.measure(device, dtype, work, 256 if options.tiny else 2048)
     clock = BlockClock()
     calibration = random_windows(options.samples, options.seq_len, min(vocabulary, 500))
     with measured() as times:
