@@ -90,12 +90,6 @@ struct Avx512 {
   }
 };
 
-// A kernel's entry points, for the forms that its form() chooses from.
-template <class Kernel>
-int64_t scratch_bytes_of(const Product &p) {
-  return Activations::bytes(p, Kernel::word_bytes(Kernel::form(p)));
-}
-
 template <class Kernel>
 void prepare_rows_of(const Product &p, int64_t begin, int64_t end) {
   const int form = Kernel::form(p);
@@ -108,14 +102,11 @@ void prepare_rows_of(const Product &p, int64_t begin, int64_t end) {
   if (end == p.rows) x.clear_padding(p, 4);
 }
 
-template <class Kernel, int... T>
-void multiply_blocks_of(const Product &p, int64_t begin, int64_t end) {
-  multiply_in_form<Kernel, T...>(p, Kernel::form(p), begin, end);
-}
-
+// A kernel's entry points, for the forms that its form() chooses from.
 template <class Kernel, int... T>
 constexpr MatmulKernels kernels_of() {
-  return {scratch_bytes_of<Kernel>, prepare_rows_of<Kernel>, multiply_blocks_of<Kernel, T...>};
+  using Entries = QuadEntries<Kernel, T...>;
+  return {Entries::scratch_bytes, prepare_rows_of<Kernel>, Entries::multiply_blocks};
 }
 
 }  // namespace

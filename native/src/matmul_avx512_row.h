@@ -305,17 +305,19 @@ void row_avx512(const RowArgs &a) {
     for (int line = 0; FETCH && line < 2; ++line)
       _mm_prefetch(reinterpret_cast<const char *>(a.scales + at + kScalesAhead * kBlock + line * 32), _MM_HINT_T0);
     __m512 sums[kVectorsPerBlock];
-    const RareThird rare(a.x, a.segments, T == kRareThird ? a.count : 1, T == kRareThird ? s : 0);
-    if constexpr (T == kInt8) {
+    if constexpr (T == kRareThird) {
+      const RareThird x(a.x, a.segments, a.count, s);
+      row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<2>{x.two}, sums);
+      add_to_totals(a.scales + at, sums, 1.0f, total);
+      add_thirds<BITS>(a, segment, s, x, a.scales + at, total);
+    } else if constexpr (T == kInt8) {
       row_segment_int8<BITS, FETCH>(a, segment, s, a.zeros + at, sums);
-    } else if constexpr (T == kRareThird) {
-      row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<2>{rare.two}, sums);
+      add_to_totals(a.scales + at, sums, 1.0f, total);
     } else {
       const int32_t *x = reinterpret_cast<const int32_t *>(a.x) + int64_t{segment.unit} * kQuads * digits_of(T);
       row_segment_digits<BITS, FETCH>(a, segment, s, a.zeros + at, Digits<digits_of(T)>{x}, sums);
+      add_to_totals(a.scales + at, sums, 1.0f, total);
     }
-    add_to_totals(a.scales + at, sums, 1.0f, total);
-    if constexpr (T == kRareThird) add_thirds<BITS>(a, segment, s, rare, a.scales + at, total);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectorsPerBlock; ++v) _mm512_store_ps(a.totals + v * kVector, total[v]);

@@ -2,7 +2,7 @@
 //
 // int8: the accumulator starts at -zero * sum(x).
 // digits: a row is a fixed-point number whose first two digits (matmul_quads.h) are multiplied one after the other into the same
-// sums, (16 bits * 8 bits * 128 inputs are below 2^31), and so are the last two of four; the third of three mostly is 0
+// sums (16 bits * 8 bits * 128 inputs are below 2^31), and so are the last two of four; the third of three mostly is 0
 // (matmul_rare_third.h). [digit][quad][row of the tile][4 inputs], with three digits [row of the tile] RareThird's `rare` after them.
 // The sums are what matmul_avx512_row.h makes of the row alone, to the bit.
 #pragma once
@@ -165,13 +165,15 @@ LGQ_INLINE void tile_digits(const TileArgs &a) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v)
 #pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m) high[v][m] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[v][m]), _mm512_set1_ps(65536.0f));
+      for (int m = 0; m < MR; ++m) high[v][m] = _mm512_cvtepi32_ps(acc[v][m]);
     add_two_digits<BITS, MR, 0>(a, x, acc);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerBlock; ++v)
 #pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m)
-        add_fixed_point(a, v, m, _mm512_add_ps(high[v][m], _mm512_cvtepi32_ps(acc[v][m])), a.scale[m]);
+      for (int m = 0; m < MR; ++m) {
+        const __m512 low = _mm512_cvtepi32_ps(acc[v][m]);
+        add_fixed_point(a, v, m, _mm512_fmadd_ps(high[v][m], _mm512_set1_ps(65536.0f), low), a.scale[m]);
+      }
   }
 }
 

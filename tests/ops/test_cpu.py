@@ -17,7 +17,7 @@ from lightgptq.ops import cpu
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built here")
 
 # Relative to sum |x||w| of an output. exact: float32 sums of at most 300 products; AVX-512's bfloat16 dot products
-# add the constant of their mantissa trick, at most 25 times an 8-bit weight of half range 8, to what is summed; a
+# add the constant of their mantissa trick, at most four times the largest weight, to what is summed; a
 # single row, with AVX-512 and NEON any, is fixed point, off by at most 2^-22 of the largest |x|, here 5 times the mean.
 # int8: half a step of 1/127 of the largest activation of a segment, which is about 4 sigma: 1.2e-3 of the sum at
 # 96 inputs as a standard deviation; 8 of those are allowed.
