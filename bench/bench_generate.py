@@ -31,6 +31,7 @@ from bench.peers import Peer, PeerError
 from bench.random_llama import write_random_quantized_llama
 from bench.record import append
 from lightgptq.checkpoint.gguf import export_gguf
+from lightgptq.decoding.mlp import GatedMLP, forget_call
 from lightgptq.linear import QuantLinear
 from lightgptq.ops import cpu
 
@@ -203,6 +204,15 @@ def check(name: str, logits: Tensor, theirs: Tensor) -> None:
         )
 
 
+def forget_calls(model: nn.Module) -> None:
+    """Calls for several linears are made anew, with or without the clock."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.place = None
+        if isinstance(module, GatedMLP):
+            forget_call(module)
+
+
 def breakdown(model: Any, mode: str, new_tokens: int, bandwidth: Callable[[], float]) -> dict[str, float]:
     """Where the milliseconds of a token go, eagerly."""
     set_mode(model, mode)
@@ -219,28 +229,32 @@ def breakdown(model: Any, mode: str, new_tokens: int, bandwidth: Callable[[], fl
 
         return call
 
-    single, shared = cpu._matmul_function, cpu.SharedProduct.__init__
+    single, several = cpu._matmul_function, (cpu.SharedProduct, cpu.GatedProduct)
+    inits: list[Any] = [cls.__init__ for cls in several]
 
-    def with_clock(self: cpu.SharedProduct, *arguments: Any) -> None:
-        shared(self, *arguments)
-        self._function = timed(self._function)
+    def with_clock(init: Any) -> Callable[..., None]:
+        def init_with_clock(self: Any, *arguments: Any) -> None:
+            init(self, *arguments)
+            self._function = timed(self._function)
+
+        return init_with_clock
 
     setattr(cpu, "_matmul_function", lambda: timed(single()))  # noqa: B010
-    setattr(cpu.SharedProduct, "__init__", with_clock)  # noqa: B010
-    for _, _, layer in quant_linears(model):
-        layer.place = None  # siblings find each other anew, with the clock
+    for cls, init in zip(several, inits, strict=True):
+        setattr(cls, "__init__", with_clock(init))  # noqa: B010
+    forget_calls(model)
     decode(model, 4)
     spent[:] = [0.0, 0]
     before = bandwidth()
     rate = decode(model, new_tokens)
     speed = (before + bandwidth()) / 2
     setattr(cpu, "_matmul_function", single)  # noqa: B010
-    setattr(cpu.SharedProduct, "__init__", shared)  # noqa: B010
+    for cls, init in zip(several, inits, strict=True):
+        setattr(cls, "__init__", init)  # noqa: B010
     packed = sum(
         layer._prepared.tensors[0].numel() for _, _, layer in quant_linears(model) if layer._prepared
     )
-    for _, _, layer in quant_linears(model):
-        layer.place = None
+    forget_calls(model)
     calls = new_tokens + 1  # the pass over the prompt among them
     return {
         "token_ms": round(1e3 / rate, 2),

@@ -20,8 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "native", "core", "checkpoint"},
     "sharing": {"ops"},
     "linear": {"errors", "core", "checkpoint", "ops", "sharing"},
-    "norm": {"native", "ops"},
-    "attention": {"native", "ops"},
+    "decoding": {"native", "ops", "linear"},
     "head": {"errors", "core", "checkpoint", "ops", "sharing", "linear"},
     "companions": {"errors", "core", "checkpoint"},
     "layouts": {"errors"},
@@ -29,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "skeleton": {"errors", "core", "checkpoint", "companions", "layouts", "sources"},
     "hf": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "sources", "skeleton"),
-        *("head", "norm", "attention", "version"),
+        *("head", "decoding", "version"),
     },
     "quantization": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),
@@ -39,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "once": set(),
     "loading": {
         *("errors", "core", "checkpoint", "ops", "linear", "companions", "layouts", "skeleton", "sources"),
-        *("texts", "hf", "norm", "attention", "quantization", "once"),
+        *("texts", "hf", "decoding", "quantization", "once"),
     },
     "evaluation": {
         *("errors", "core", "checkpoint", "companions", "layouts", "sources", "skeleton", "texts"),

@@ -15,7 +15,7 @@
 #define LGQ_API __attribute__((visibility("default")))
 #endif
 
-#define LGQ_ABI_VERSION 6
+#define LGQ_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -125,6 +125,26 @@ LGQ_API int32_t lgq_attend(const void *q, const void *k, int64_t k_batch, int64_
                            const void *v, int64_t v_batch, int64_t v_head, int64_t v_token, int64_t batch,
                            int64_t heads, int64_t kv_heads, int64_t tokens, int64_t head_dim, float scale, void *y,
                            int32_t dtype);
+
+/* y = x * cos + rotate_half(x) * sin for the heads of one token a sequence, where rotate_half gives the negated second half
+ * of a head and then its first (arXiv 2104.09864, equation 34, with the halves for neighbours); both products and the sum are
+ * rounded.
+ * x and y    contiguous (batch, heads, head_dim), head_dim even, not the same memory
+ * cos, sin   (head_dim,) for every sequence; stride counts elements from one to the next: head_dim, or 0 if they share one
+ * dtype      of all four */
+LGQ_API int32_t lgq_rotate(const void *x, int64_t batch, int64_t heads, int64_t head_dim, const void *cos, const void *sin,
+                           int64_t stride, void *y, int32_t dtype);
+
+typedef enum lgq_activation { LGQ_SILU = 0, LGQ_GELU_TANH = 1 } lgq_activation;
+
+/* y = (activation(x W_0^T + b_0) * (x W_1^T + b_1)) W_2^T + b_2 (arXiv 2002.05202, equation 6), the products as
+ * lgq_matmul makes them, activation and gating in float, rounded once to dtype.
+ * factors  gate, up and down; the first two have the same inputs and outputs, which are the inputs of the third
+ * rows     at most LGQ_MOST_GATED_ROWS
+ * x        (rows, in), elements from row to row in x_stride; y contiguous (rows, outputs of down), none of x's memory */
+#define LGQ_MOST_GATED_ROWS 64
+LGQ_API int32_t lgq_gated_mlp(const lgq_factor *factors, int32_t activation, int64_t rows, const void *x,
+                              int64_t x_stride, void *y, int32_t dtype, int32_t mode);
 
 /* --- The solver ------------------------------------------------------------------------------------------------ */
 

@@ -1,14 +1,14 @@
 // One query token of up to kHeadsAtOnce heads against a key head: y = softmax(scale q k^T) v, in one pass over both.
 //
 // Tokens come in blocks. Weights are relative to the largest score so far; what was summed is rescaled when a larger one
-// comes (arXiv 1805.02867, algorithm 3). Internal linkage, as attention_vector.h says.
+// comes (arXiv 1805.02867, algorithm 3). Internal linkage, as vector.h says.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "attention.h"
-#include "attention_vector.h"
+#include "vector.h"
 #include "lightgptq.h"
 
 namespace {

@@ -1,12 +1,12 @@
 // The product's entry point: checks, activations prepared once, blocks of outputs in parallel.
 #include "matmul.h"
 
-#include <cstdlib>
 #include <cstring>
 
 #include "isa.h"
 #include "lightgptq.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace lgq {
 
@@ -18,21 +18,6 @@ namespace {
 constexpr int64_t kSerialPreparation = 1 << 14;
 
 constexpr int64_t kFewRows = 64;
-
-// One buffer per calling thread, kept between calls and grown as needed.
-struct Scratch {
-  uint8_t *data = nullptr;
-  int64_t bytes = 0;
-  ~Scratch() { std::free(data); }
-  bool reserve(int64_t wanted) {
-    if (wanted <= bytes) return true;
-    std::free(data);
-    wanted = (wanted + 4095) / 4096 * 4096;
-    data = static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>(wanted)));
-    bytes = data == nullptr ? 0 : wanted;
-    return data != nullptr;
-  }
-};
 
 thread_local Scratch t_scratch;
 

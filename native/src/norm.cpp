@@ -1,40 +1,15 @@
 // Root mean square normalisation of rows. In a decoding step it is one row of a few thousand numbers, so small that one
 // call instead of the seven operations of a framework is what counts.
 #include <cmath>
-#include <cstring>
 
-#include "convert.h"
 #include "lightgptq.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace lgq {
 namespace {
 
 constexpr int64_t kParallel = 1 << 15;  // elements that are worth a trip through the threads
-
-template <class Number>
-struct Format;
-template <>
-struct Format<float> {
-  static float load(float f) { return f; }
-  static float store(float f) { return f; }
-};
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-template <>
-struct Format<Bf16> {
-  static float load(Bf16 b) { return bf16_to_float(b.bits); }
-  static Bf16 store(float f) { return {float_to_bf16(f)}; }
-};
-template <>
-struct Format<Half> {
-  static float load(Half h) { return half_to_float(h.bits); }
-  static Half store(float f) { return {float_to_half(f)}; }
-};
 
 // x / rms(x) is rounded to the rows' type before the weight multiplies it.
 template <class Number>

@@ -33,6 +33,7 @@ class Random {
 };
 
 void test_attention();
+void test_gated_mlp();
 void test_solver();
 void test_matmul();
 void test_hostile();

@@ -48,6 +48,65 @@ void spoil_norm() {
   for (const float f : y) CHECK(f == 0.0f);
 }
 
+void spoil_rotation() {
+  float x[8] = {1, 2, 3, 4, 5, 6, 7, 8}, cos[2] = {1, 1}, sin[2] = {0, 0}, y[8] = {};
+  const auto rotate = [&](int64_t batch, int64_t heads, int64_t dim, int64_t stride) {
+    return lgq_rotate(x, batch, heads, dim, cos, sin, stride, y, LGQ_F32);
+  };
+  refuse_sizes([&](int64_t n) { return rotate(n, 4, 2, 0); });
+  refuse_sizes([&](int64_t n) { return rotate(1, n, 2, 0); });
+  refuse_sizes([&](int64_t n) { return rotate(1, 4, n, 0); });
+  refuse_sizes([&](int64_t n) { return rotate(1, 4, 2, n); }, true);
+  CHECK(rotate(1, 4, 1, 0) == LGQ_BAD_SIZE);
+  CHECK(rotate(1 << 20, 1 << 20, 2, 0) == LGQ_BAD_SIZE);
+  CHECK(lgq_rotate(nullptr, 1, 4, 2, cos, sin, 0, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rotate(x, 1, 4, 2, nullptr, sin, 0, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rotate(x, 1, 4, 2, cos, nullptr, 0, y, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rotate(x, 1, 4, 2, cos, sin, 0, nullptr, LGQ_F32) == LGQ_NULL_POINTER);
+  CHECK(lgq_rotate(x, 1, 4, 2, cos, sin, 0, y, 3) == LGQ_BAD_DTYPE);
+  for (const float f : y) CHECK(f == 0.0f);
+}
+
+// The weight is 96 to 40, so that it fits neither behind nor beside itself.
+void spoil_mlp(const Weight &w) {
+  float x[96] = {1}, y[64] = {};
+  const lgq_factor one = {w.memory, w.bytes, nullptr, LGQ_F32};
+  const lgq_factor factors[3] = {one, one, one};
+  const auto mlp = [&](int32_t activation, int64_t rows, int64_t stride, int32_t dtype, int32_t mode) {
+    return lgq_gated_mlp(factors, activation, rows, x, stride, y, dtype, mode);
+  };
+  CHECK(mlp(LGQ_SILU, 1, 96, LGQ_F32, LGQ_EXACT) == LGQ_BAD_SIZE);
+  CHECK(mlp(2, 1, 96, LGQ_F32, LGQ_EXACT) == LGQ_BAD_VALUE);
+  CHECK(mlp(LGQ_SILU, 1, 96, 3, LGQ_EXACT) == LGQ_BAD_DTYPE);
+  CHECK(lgq_gated_mlp(nullptr, LGQ_SILU, 1, x, 96, y, LGQ_F32, LGQ_EXACT) == LGQ_NULL_POINTER);
+  CHECK(lgq_gated_mlp(factors, LGQ_SILU, 1, nullptr, 96, y, LGQ_F32, LGQ_EXACT) == LGQ_NULL_POINTER);
+  CHECK(lgq_gated_mlp(factors, LGQ_SILU, 1, x, 96, nullptr, LGQ_F32, LGQ_EXACT) == LGQ_NULL_POINTER);
+
+  std::vector<int32_t> qweight(5 * 64), qzeros(8), g_idx(40, 0);
+  std::vector<uint16_t> scales(64, 0x2400);
+  int64_t bytes = 0;
+  CHECK(lgq_packed_bytes(40, 64, 1, 4, g_idx.data(), &bytes) == LGQ_OK);
+  void *memory = nullptr;
+  CHECK(posix_memalign(&memory, 64, static_cast<size_t>(bytes)) == 0);
+  CHECK(lgq_pack(40, 64, 1, 4, 1, qweight.data(), qzeros.data(), scales.data(), g_idx.data(), memory, bytes) == LGQ_OK);
+  const auto with = [&](lgq_factor down, int64_t rows, int64_t stride, int32_t mode) {
+    const lgq_factor all[3] = {one, one, down};
+    return lgq_gated_mlp(all, LGQ_SILU, rows, x, stride, y, LGQ_F32, mode);
+  };
+  const lgq_factor down = {memory, bytes, nullptr, LGQ_F32};
+  refuse_sizes([&](int64_t n) { return with(down, n, 96, LGQ_EXACT); }, true);
+  refuse_sizes([&](int64_t n) { return with(down, 1, n, LGQ_EXACT); });
+  CHECK(with(down, LGQ_MOST_GATED_ROWS + 1, 96, LGQ_EXACT) == LGQ_BAD_SIZE);
+  CHECK(with(down, 1, 96, 2) == LGQ_BAD_MODE);
+  CHECK(with({memory, bytes - 1, nullptr, LGQ_F32}, 1, 96, LGQ_EXACT) != LGQ_OK);
+  CHECK(with({nullptr, bytes, nullptr, LGQ_F32}, 1, 96, LGQ_EXACT) == LGQ_NULL_POINTER);
+  CHECK(with({memory, bytes, x, 3}, 1, 96, LGQ_EXACT) == LGQ_BAD_DTYPE);
+  for (const float f : y) CHECK(f == 0.0f);
+  CHECK(with(down, 0, 96, LGQ_EXACT) == LGQ_OK);
+  CHECK(with(down, 1, 96, LGQ_EXACT) == LGQ_OK);
+  std::free(memory);
+}
+
 void spoil_attention() {
   float q[8] = {1, 2, 3, 4, 5, 6, 7, 8}, k[12] = {1}, v[12] = {1}, y[8] = {};
   const auto attend = [&](int64_t stride, int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim) {
@@ -269,6 +328,8 @@ void test_hostile() {
   const Weight w;
   spoil_norm();
   spoil_attention();
+  spoil_rotation();
+  spoil_mlp(w);
   spoil_packing(w);
   spoil_products(w);
   spoil_solvers();

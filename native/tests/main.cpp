@@ -17,6 +17,7 @@ int main() {
     test_attention();
     test_solver();
     test_matmul();
+    test_gated_mlp();
     test_hostile();
     std::printf("%s: ok\n", name.c_str());
   }

@@ -11,16 +11,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightgptq.attention import use_native_attention
 from lightgptq.checkpoint.config import GPTQCheckpointConfig
 from lightgptq.checkpoint.packing import detect_checkpoint_format
 from lightgptq.checkpoint.reader import CheckpointReader
 from lightgptq.companions import arithmetic_on, load_config, local_folder, named_dtype
+from lightgptq.decoding import use_native
 from lightgptq.errors import CheckpointError
 from lightgptq.head import quantize_head
 from lightgptq.layouts import expand_experts, has_fused_experts, replace_module
 from lightgptq.linear import QuantLinear
-from lightgptq.norm import replace_norms
 from lightgptq.skeleton import build_empty_model, fill_absent, fill_buffers, model_class
 from lightgptq.sources import NameMap, Source, find_sources
 
@@ -69,8 +68,7 @@ def load(
     else:
         model = _load_quantized(reader, quantization, dtype, torch.device(device), mode, trust_remote_code)
         if model.device.type == "cpu":
-            replace_norms(model)
-            use_native_attention(model)
+            use_native(model)
     if head_bits is not None:
         quantize_head(model, head_bits, mode)
     return model

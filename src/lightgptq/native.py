@@ -19,7 +19,7 @@ import torch
 
 from lightgptq.errors import NativeLibraryError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ISA_VARIABLE = "LIGHTGPTQ_CPU_ISA"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -11,15 +11,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightgptq.attention import use_native_attention
 from lightgptq.checkpoint.reader import CheckpointReader
+from lightgptq.decoding import use_native
 from lightgptq.errors import CheckpointError, UsageError
 from lightgptq.hf import insert_quant_linears
 from lightgptq.layouts import ExpertLinears
 from lightgptq.linear import QuantLinear
 from lightgptq.loading.config import GPTQConfig
 from lightgptq.loading.on_load import mode_of, quantize_loaded
-from lightgptq.norm import replace_norms
 from lightgptq.sources import NameMap, find_sources
 
 
@@ -93,9 +92,8 @@ class LightGPTQQuantizer(HfQuantizer):
                 )
             layer.__dict__.pop("weight", None)
             layer.prepare()
-        replace_norms(model)
         if model.device.type == "cpu":
-            use_native_attention(model)
+            use_native(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ ALIGNMENT = 64
 HUGE_PAGE = 1 << 21
 
 MOST_FACTORS = 16
+MOST_GATED_ROWS = 64
+GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
+_CPU = torch.device("cpu")
 _size, _int, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
@@ -44,6 +48,7 @@ def _declare(library: native.NativeLibrary) -> Any:
             *[_pointer, _size, _size, _pointer, _size],
             *[_pointer, _int, _pointer, _size, _int, _int],
         ]
+        lib.lgq_gated_mlp.argtypes = [_pointer, _int, _size, _pointer, _size, _pointer, _int, _int]
         lib.lgq_matmul_shared.argtypes = [_int, _pointer, _size, _pointer, _size, _pointer, _int, _int]
     return lib
 
@@ -111,10 +116,11 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
         raise UsageError(
             f"x is on {x.device}, the weight on {packed.device}; the native kernels need the CPU"
         )
-    rows, count, stride = _rows(x)
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    count, shape, strides = _output(x.shape, out_features)
+    y = torch.empty_strided(shape, strides, dtype=x.dtype, device=_CPU)
     if count == 0:
         return y
+    rows, stride = _rows(x)
     bias_pointer, bias_dtype = None, 0
     if bias is not None:
         bias = bias.detach().contiguous()
@@ -137,16 +143,38 @@ def matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, mo
     return y
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as the kernels read it, its number of rows, and the elements from one row to the next."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as the kernels read it, and the elements from one row to the next."""
     in_features = x.shape[-1]
     if x.is_contiguous():  # what a decode step calls with: no view is made
-        return x, x.numel() // max(1, in_features), in_features
+        return x, in_features
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     row_stride, stride = rows.stride()
     if stride != 1 or row_stride < in_features:
-        return rows.contiguous(), rows.shape[0], in_features
-    return rows, rows.shape[0], row_stride
+        return rows.contiguous(), in_features
+    return rows, row_stride
+
+
+@functools.lru_cache(maxsize=4096)
+def _output(shape: torch.Size, out_features: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Rows of an input, shape and strides of its output.
+
+    Remembered because out of the caches every step of Python counts; torch.empty_strided, which needs both, takes two
+    thirds of torch.empty's time there.
+    """
+    out_shape = (*shape[:-1], out_features)
+    strides = tuple(math.prod(out_shape[i + 1 :]) for i in range(len(out_shape)))
+    return math.prod(shape[:-1]), out_shape, strides
+
+
+def _factors(weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) -> Any:
+    """What the library reads of several weights and their biases."""
+    factors = (_Factor * len(weights))()
+    for factor, weight, bias in zip(factors, weights, biases, strict=True):
+        factor.packed, factor.packed_bytes = weight.tensors[0].data_ptr(), weight.tensors[0].numel()
+        if bias is not None:
+            factor.bias, factor.bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
+    return factors
 
 
 class SharedProduct:
@@ -159,19 +187,18 @@ class SharedProduct:
     def __init__(self, weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) -> None:
         self._kept = (weights, biases)
         self._outputs = [weight.out_features for weight in weights]
-        self._factors = (_Factor * len(weights))()
-        for factor, weight, bias in zip(self._factors, weights, biases, strict=True):
-            factor.packed, factor.packed_bytes = weight.tensors[0].data_ptr(), weight.tensors[0].numel()
-            if bias is not None:
-                factor.bias, factor.bias_dtype = bias.data_ptr(), native.DTYPES[bias.dtype]
+        self._factors = _factors(weights, biases)
         self._pointers = _pointer * len(weights)
         self._function = _declare(_library()).lgq_matmul_shared
 
     def __call__(self, x: Tensor, mode: str) -> list[Tensor]:
         """x (..., in) float32, bfloat16 or float16 on the CPU; returns a (..., out) of its dtype for each weight."""
-        rows, count, stride = _rows(x)
-        shape, dtype = x.shape[:-1], x.dtype
-        ys = [torch.empty(*shape, out_features, dtype=dtype) for out_features in self._outputs]
+        rows, stride = _rows(x)
+        input_shape, dtype = x.shape, x.dtype
+        count, ys = 0, []
+        for out_features in self._outputs:
+            count, shape, strides = _output(input_shape, out_features)
+            ys.append(torch.empty_strided(shape, strides, dtype=dtype, device=_CPU))
         status = self._function(
             len(ys),
             self._factors,
@@ -187,6 +214,47 @@ class SharedProduct:
                 status, f"multiplying x of shape {tuple(x.shape)} to {self._outputs} outputs at once"
             )
         return ys
+
+
+class GatedProduct:
+    """``y = (activation(x W_gate^T) * (x W_up^T)) W_down^T``, each with its bias, for few rows in one call.
+
+    weights     gate, up and down, prepared for this backend; they and their biases must outlive this object
+    biases      (out,) contiguous or None, one for each weight
+    activation  a name in GATED_ACTIVATIONS
+    """
+
+    def __init__(
+        self, weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None], activation: str
+    ) -> None:
+        self._in_features, self._out_features = weights[0].in_features, weights[2].out_features
+        self._factors = _factors(weights, biases)
+        self._activation = GATED_ACTIVATIONS[activation]
+        self._function = _declare(_library()).lgq_gated_mlp
+
+    def __call__(self, x: Tensor, mode: str) -> Tensor | None:
+        """x (..., in) float32, bfloat16 or float16 on the CPU; returns (..., out) of its dtype.
+
+        None where x is not contiguous, has no row, more than MOST_GATED_ROWS or other inputs.
+        """
+        dtype, input_shape = x.dtype, x.shape
+        rows, shape, strides = _output(input_shape, self._out_features)
+        if input_shape[-1] != self._in_features or not 0 < rows <= MOST_GATED_ROWS or not x.is_contiguous():
+            return None
+        y = torch.empty_strided(shape, strides, dtype=dtype, device=_CPU)
+        status = self._function(
+            self._factors,
+            self._activation,
+            rows,
+            x.data_ptr(),
+            self._in_features,
+            y.data_ptr(),
+            native.DTYPES[dtype],
+            MODES[mode],
+        )
+        if status != 0:
+            _library().check(status, f"a gated MLP for x of shape {tuple(input_shape)}")
+        return y
 
 
 @functools.cache

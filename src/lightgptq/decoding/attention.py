@@ -128,7 +128,7 @@ def _native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
         return None
     if not query.is_contiguous():
         query = query.contiguous()
-    y = query.new_empty(batch, 1, heads, head_dim)
+    y = torch.empty_like(query).transpose(1, 2)
     status = _function()(
         query.data_ptr(),
         key.data_ptr(),

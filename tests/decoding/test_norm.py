@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from lightgptq import native
-from lightgptq.norm import RMSNorm, reference, replace_norms
+from lightgptq.decoding.norm import RMSNorm, reference, replace_norms
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built")
 

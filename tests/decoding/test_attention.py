@@ -29,8 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lightgptq
-from lightgptq import CalibrationSet, QuantScheme, attention, native
-from lightgptq.attention import attend, use_native_attention
+from lightgptq import CalibrationSet, QuantScheme, native
+from lightgptq.decoding import attention
+from lightgptq.decoding.attention import attend, use_native_attention
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="the native library was not built"),

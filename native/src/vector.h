@@ -1,4 +1,4 @@
-// Vectors for attention: what memory holds as floats and back, sums of lanes, the exponential.
+// Vectors for attention and gates: what memory holds as floats and back, sums of lanes, the exponential.
 //
 // Included by one translation unit per instruction set, so everything here has internal linkage: the same code compiled
 // with other flags must not be merged by the linker.
