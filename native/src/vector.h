@@ -119,8 +119,21 @@ struct Bf16 {
     return (vec)(__builtin_convertvector(h, uvec) << 16);
 #endif
   }
+  // As float_to_bf16.
   LGQ_INLINE void store(uint16_t *p, vec v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = round_one(v[i]);
+    const uvec bits = (uvec)v, nan = (uvec)(v != v);
+    const ivec kept = (ivec)((nan & (bits | 0x400000u)) | (~nan & (bits + ((bits >> 16 & 1u) + 0x7fffu)))) >> 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16((__m512i)kept));
+#elif defined(__AVX2__)
+    const __m256i twice = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)kept, (__m256i)kept), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_castsi256_si128(twice));
+#elif defined(__SSE2__)
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packs_epi32((__m128i)kept, (__m128i)kept));
+#else
+    const halves h = __builtin_convertvector(kept, halves);
+    std::memcpy(p, &h, sizeof h);
+#endif
   }
 };
 
