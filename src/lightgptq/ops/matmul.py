@@ -80,7 +80,15 @@ def quant_matmul(
           rounded to 8 bits per run of at most 128 inputs and multiplied as integers
     Returns (..., out) of x's dtype. Raises UsageError for a wrong shape, dtype or mode.
     """
-    _check(x, weight, bias, mode)
+    shape = x.shape
+    if (
+        len(shape) == 0
+        or shape[-1] != weight.in_features
+        or x.dtype not in DTYPES
+        or (bias is not None and bias.shape != (weight.out_features,))
+        or mode not in MODES
+    ):
+        raise _refusal(x, weight, bias, mode)
     if not runs_directly(x, bias):
         return torch.ops.lightgptq.quant_matmul(
             x,
@@ -117,15 +125,15 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Te
     )
 
 
-def _check(x: Tensor, weight: PreparedWeight, bias: Tensor | None, mode: str) -> None:
+def _refusal(x: Tensor, weight: PreparedWeight, bias: Tensor | None, mode: str) -> UsageError:
+    """What is wrong with a product's operands."""
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise UsageError(f"x has shape {tuple(x.shape)}; its last dimension must be {weight.in_features}")
+        return UsageError(f"x has shape {tuple(x.shape)}; its last dimension must be {weight.in_features}")
     if x.dtype not in DTYPES:
-        raise UsageError(f"x has dtype {x.dtype}; use float32, bfloat16 or float16")
+        return UsageError(f"x has dtype {x.dtype}; use float32, bfloat16 or float16")
     if bias is not None and bias.shape != (weight.out_features,):
-        raise UsageError(f"bias has shape {tuple(bias.shape)}; expected ({weight.out_features},)")
-    if mode not in MODES:
-        raise UsageError(f"mode={mode!r} is not supported; choose one of {', '.join(MODES)}")
+        return UsageError(f"bias has shape {tuple(bias.shape)}; expected ({weight.out_features},)")
+    return UsageError(f"mode={mode!r} is not supported; choose one of {', '.join(MODES)}")
 
 
 def _quant_matmul(
