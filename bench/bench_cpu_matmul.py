@@ -39,6 +39,9 @@ PROBE_BYTES = 1 << 26
 GROUP = 128
 PEAK_STEPS = 30_000
 CALLS = 3  # of each candidate in a round, timed one by one
+# Before them, up to 16 rows and beyond: whoever comes after something else pays for cold caches, 100 microseconds at the
+# first call, 20 at the fourth, as a model that generates does not.
+WARM_FEW, WARM = 8, 2
 MOST_ROWS = 512
 SETTLE = 0.02  # seconds in which OpenMP threads stop spinning
 
@@ -259,17 +262,17 @@ def measure(
         times: dict[str, list[float]] = {name: [] for name in (*runs, *(peer.name for peer in peers))}
         native_times: list[float] = []
         bandwidth, peak = [], []
+        warm = WARM_FEW if rows <= 16 else WARM
         for _ in range(max(3, options.repeats // (1 if rows <= 16 else 3 if rows <= 64 else 10))):
             probe.bytes_per_second()  # threads that sleep take milliseconds to come
             bandwidth.append(probe.bytes_per_second())
             peak.append(probe.peak(mode))
             for name, run in runs.items():
-                run()  # the first call after something else pays for cold caches, 40 microseconds at one row
-                times[name].extend(seconds(run) for _ in range(CALLS))
-            native_times.extend(seconds(inner) for _ in range(CALLS))
+                times[name].extend([seconds(run) for _ in range(warm + CALLS)][warm:])
+            native_times.extend([seconds(inner) for _ in range(warm + CALLS)][warm:])
             for peer in peers:
                 time.sleep(SETTLE)  # until our own threads sleep
-                times[peer.name].extend(peer.ask(do="time", rows=rows, calls=CALLS + 2)["seconds"][2:])
+                times[peer.name].extend(peer.ask(do="time", rows=rows, calls=warm + CALLS)["seconds"][warm:])
         operations = 2.0 * rows * in_features * out_features
         ours = quantiles(times["lightgptq"])
         limit = [max(weight_bytes / b, operations / p) for b, p in zip(bandwidth, peak, strict=True)]
