@@ -39,8 +39,8 @@ PROBE_BYTES = 1 << 26
 GROUP = 128
 PEAK_STEPS = 30_000
 CALLS = 3  # of each candidate in a round, timed one by one
-# Before them, up to 16 rows and beyond: whoever comes after something else pays for cold caches, 100 microseconds at the
-# first call, 20 at the fourth, as a model that generates does not.
+# Before them, up to 16 rows and beyond: whoever comes after something else pays for cold caches, 100 microseconds at
+# the first call, 20 at the fourth, as a model that generates does not.
 WARM_FEW, WARM = 8, 2
 MOST_ROWS = 512
 SETTLE = 0.02  # seconds in which OpenMP threads stop spinning
