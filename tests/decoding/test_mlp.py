@@ -299,6 +299,17 @@ def test_many_tokens_other_layouts_and_gradients_are_left_to_the_model(calls: li
     assert not calls
 
 
+def test_a_bias_gets_its_gradient(calls: list[int]) -> None:
+    module = MLP(bias=True)
+    gate_mlps(ready(module))
+    module(tokens(1))
+    assert module.up_proj.bias is not None
+    module.up_proj.bias.requires_grad_()
+    module(tokens(1)).sum().backward()
+    assert module.up_proj.bias.grad is not None
+    assert calls == [1]
+
+
 @torch.no_grad()
 def test_hooks_of_the_module_itself_still_run(calls: list[int]) -> None:
     module, seen = MLP(), []

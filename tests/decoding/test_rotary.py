@@ -139,6 +139,16 @@ def test_everything_else_is_left_to_the_file(case: str, file: ModuleType, calls:
     assert not calls
 
 
+def test_names_and_options_are_those_of_the_file(file: ModuleType, calls: list[int]) -> None:
+    q, k, cos, sin = inputs(1, 1, 16, torch.float32)
+    rotate_natively(file.Layer())
+    for rotated in (getattr(file, NAME)(q, k, cos=cos, sin=sin), getattr(file, NAME)(q, k, cos, sin, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(rotated, usual(q, k, cos, sin), strict=True))
+    with pytest.raises(AssertionError):
+        getattr(file, NAME)(q, k, cos, sin, unsqueeze_dim=2)
+    assert not calls
+
+
 def test_gradients_flow_through_torch(file: ModuleType, calls: list[int]) -> None:
     rotate_natively(file.Layer())
     for index in range(2):

@@ -152,7 +152,12 @@ class _Call:
             if its_bias is None:
                 if bias is not None:
                     return False
-            elif bias is None or bias() is not its_bias or its_bias.data_ptr() != pointer:
+            elif (
+                bias is None
+                or bias() is not its_bias
+                or its_bias.data_ptr() != pointer
+                or its_bias.requires_grad
+            ):
                 return False
         return True
 
@@ -188,7 +193,7 @@ def _native(module: Any, x: Tensor) -> Tensor | None:
 
 
 def _fits(linear: QuantLinear) -> bool:
-    """Whether the native library can read a linear's weight and bias."""
+    """Whether the native library can read a linear's weight and bias, and nobody wants a gradient."""
     weight, bias = linear.operands()
     if weight is None or weight.layout != NATIVE_LAYOUT:
         return False
@@ -196,6 +201,7 @@ def _fits(linear: QuantLinear) -> bool:
         return True
     return (
         bias.is_cpu
+        and not bias.requires_grad
         and bias.is_contiguous()
         and bias.dtype in ops.DTYPES
         and bias.shape == (linear.out_features,)

@@ -62,10 +62,8 @@ def _computes(theirs: Rotation) -> bool:
         cos, sin = (torch.randn(2, 3, PROBE_DIM, generator=generator).to(dtype) for _ in range(2))
         try:
             rotated = theirs(q, k, cos, sin)
-        except (
-            Exception
-        ):  # of another signature, or for other shapes: whatever it says, it is not this formula
-            return False
+        except Exception:
+            return False  # of another signature, or for other shapes: not this formula
         expected = (reference(q, cos, sin), reference(k, cos, sin))
         if not isinstance(rotated, tuple) or len(rotated) != 2:
             return False
@@ -80,14 +78,12 @@ def _native_rotation(theirs: Rotation) -> Rotation:
     """A function that rotates one token of plain inference natively and hands everything else on."""
 
     @functools.wraps(theirs)
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not (args or options) and ops.runs_directly(q, k) and type(k) is Tensor:
-            rotated = _rotate(q, k, cos, sin)
+    def rotate(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if len(args) == 4 and not options and ops.runs_directly(*args[:2]) and type(args[1]) is Tensor:
+            rotated = _rotate(*args)
             if rotated is not None:
                 return rotated
-        return theirs(q, k, cos, sin, *args, **options)
+        return theirs(*args, **options)
 
     rotate.of_lightgptq = True  # type: ignore[attr-defined]
     return rotate
