@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,39 @@ class ExpertNames:
     down: str = "down_proj"
 
 
+class Expert(nn.Module):
+    """``y = down(act(gate(x), up(x)))``, the linears as children under their names.
+
+    shell  the module that held all experts, for its activation only: it does not become a child
+    """
+
+    def __init__(self, shell: nn.Module, names: ExpertNames) -> None:
+        super().__init__()
+        self.names = names
+        self.__dict__["shell"] = shell
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last linear is called with."""
+        shell: Any = self.__dict__["shell"]
+        up = self.get_submodule(self.names.up)(x)
+        if self.names.gate is None:
+            activated: Tensor = shell.act_fn(up)
+            return activated
+        gate = self.get_submodule(self.names.gate)(x)
+        fuse = torch.cat if shell.is_concatenated else _interleave
+        gated: Tensor = shell._apply_gate(fuse((gate, up), dim=-1))
+        return gated
+
+    def down(self, inner: Tensor) -> Tensor:
+        """The last linear."""
+        y: Tensor = self.get_submodule(self.names.down)(inner)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden); returns the same shape."""
+        return self.down(self.inner(x))
+
+
 class ExpertLinears(nn.Module):
     """Experts as linears, one child module per expert, named by its number.
 
@@ -113,8 +147,10 @@ class ExpertLinears(nn.Module):
         for stored, parts in self._parts.items():
             meta = torch.empty(getattr(fused, stored).shape, device="meta")
             shapes |= {name: tuple(part.of(meta).shape) for name, part in parts.items()}
+        shell = copy.copy(fused)
+        shell._parameters = {}
         for e in range(self.num_experts):
-            expert = nn.Module()
+            expert = Expert(shell, names)
             for leaf in (names.gate, names.up, names.down):
                 if leaf is not None:
                     out_features, in_features = shapes[f"{e}.{leaf}.weight"]
@@ -123,9 +159,6 @@ class ExpertLinears(nn.Module):
                     linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
                     expert.add_module(leaf, linear.requires_grad_(False))
             self.add_module(str(e), expert)
-        shell = copy.copy(fused)
-        shell._parameters = {}
-        self.__dict__["_shell"] = shell  # its activation is wanted, not its place among the children
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (..., hidden), top_k_index int64 (tokens, k), top_k_weights (tokens, k); returns (..., hidden).
@@ -176,30 +209,20 @@ class ExpertLinears(nn.Module):
     ) -> Iterator[tuple[int, Tensor]]:
         if self._announce is None:
             for e in experts:
-                yield e, self._expert(e, arriving(e))
+                yield e, self.expert(e)(arriving(e))
             return
         first = [leaf for leaf in (self.names.gate, self.names.up) if leaf is not None]
         self._announce({f"{e}.{leaf}": partial(arriving, e) for e in experts for leaf in first})
-        inner = {e: self._inner(e, arriving(e)) for e in experts}
+        inner = {e: self.expert(e).inner(arriving(e)) for e in experts}
         self._announce({f"{e}.{self.names.down}": partial(inner.__getitem__, e) for e in experts})
         for e in experts:
-            yield e, self._down(e, inner.pop(e))
+            yield e, self.expert(e).down(inner.pop(e))
 
-    def _expert(self, e: int, x: Tensor) -> Tensor:
-        return self._down(e, self._inner(e, x))
-
-    def _inner(self, e: int, x: Tensor) -> Tensor:
-        """What the last linear of an expert is called with."""
-        expert, shell = self.get_submodule(str(e)), self.__dict__["_shell"]
-        up = expert.get_submodule(self.names.up)(x)
-        if self.names.gate is None:
-            return shell.act_fn(up)
-        gate = expert.get_submodule(self.names.gate)(x)
-        fuse = torch.cat if shell.is_concatenated else _interleave
-        return shell._apply_gate(fuse((gate, up), dim=-1))
-
-    def _down(self, e: int, inner: Tensor) -> Tensor:
-        return self.get_submodule(str(e)).get_submodule(self.names.down)(inner)
+    def expert(self, e: int) -> Expert:
+        """The module of one expert."""
+        expert = self._modules[str(e)]
+        assert isinstance(expert, Expert)
+        return expert
 
     def stored_parts(self) -> dict[str, dict[str, Part]]:
         """Name of each 3-D parameter -> the parameters made of it, all relative to this module."""

@@ -17,12 +17,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from tests.models import llama
 from tests.oracles import random_quantized
 from torch import Tensor, nn
+from transformers import MixtralConfig
 from transformers.activations import ACT2FN
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import lightgptq
 from lightgptq import CalibrationSet, QuantScheme, native
 from lightgptq.decoding import mlp
 from lightgptq.decoding.mlp import GatedMLP, gate_mlps
+from lightgptq.layouts import ExpertLinears, ExpertNames
 from lightgptq.linear import QuantLinear
 from lightgptq.ops.cpu import MOST_GATED_ROWS, GatedProduct
 
@@ -376,6 +379,27 @@ def test_compiles_without_a_break_and_gives_the_same() -> None:
     with torch.no_grad():
         compiled = torch.compile(module, fullgraph=True, backend="eager")(tokens(2))
         torch.testing.assert_close(compiled, module(tokens(2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_are_gated_mlps_too(gated: bool, calls: list[int]) -> None:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = MixtralConfig(**sizes)
+    experts = ExpertLinears(MixtralExperts(config), ExpertNames("w1", "w3", "w2"))
+    for e in range(3):
+        for i, name in enumerate(("w1", "w3", "w2")):
+            ins, outs = (64, WIDTH) if name == "w2" else (WIDTH, 64)
+            setattr(experts.expert(e), name, linear(ins, outs, 10 * e + i))
+    ready(experts)
+    x = tokens(4)[0]
+    chosen = torch.tensor([[0, 2], [2, 0], [2, 0], [0, 2]])
+    weights = torch.full((4, 2), 0.5)
+    expected = experts(x, chosen, weights)
+    if gated:
+        assert gate_mlps(experts) == 3
+    torch.testing.assert_close(experts(x, chosen, weights), expected)
+    assert calls == ([4, 4] if gated else [])
 
 
 def test_nothing_happens_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

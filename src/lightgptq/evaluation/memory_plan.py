@@ -178,7 +178,7 @@ def _route_evenly(experts: ExpertLinears) -> None:
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         chosen = tokens.repeat(top_k_index.shape[-1], 1)
-        experts._expert(0, chosen)
+        experts.expert(0)(chosen)
         return torch.empty_like(hidden_states)
 
     experts.forward = forward  # type: ignore[method-assign]
