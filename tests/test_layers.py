@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "native", "core", "checkpoint"},
     "sharing": {"ops"},
     "linear": {"errors", "core", "checkpoint", "ops", "sharing"},
-    "decoding": {"native", "ops", "linear"},
+    "decoding": {"native", "ops", "sharing", "linear"},
     "head": {"errors", "core", "checkpoint", "ops", "sharing", "linear"},
     "companions": {"errors", "core", "checkpoint"},
     "layouts": {"errors"},

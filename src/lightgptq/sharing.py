@@ -14,8 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightgptq.ops.cpu import MOST_FACTORS, SharedProduct
-from lightgptq.ops.weight import NATIVE_LAYOUT, PreparedWeight
+from lightgptq.ops.cpu import MOST_FACTORS, SharedProduct, readable
+from lightgptq.ops.weight import PreparedWeight
 
 
 class Reader(Protocol):
@@ -44,8 +44,24 @@ class Place:
         return None if ready is None else ready.take(self.index, x)
 
 
-# A weight, its bias and where that lies.
-_Operands = tuple[PreparedWeight | None, Tensor | None, int | None]
+class Operands:
+    """A linear's weight, its bias and where that lies, as they were; held weakly."""
+
+    __slots__ = ("_bias", "_pointer", "_weight")
+
+    def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
+        self._weight = weakref.ref(weight)
+        self._bias = None if bias is None else weakref.ref(bias)
+        self._pointer = 0 if bias is None else bias.data_ptr()
+
+    def are_of(self, linear: Reader) -> bool:
+        """Whether the linear still has them."""
+        weight, bias = linear.operands()
+        if weight is None or self._weight() is not weight:
+            return False
+        if bias is None or self._bias is None:
+            return bias is None and self._bias is None
+        return self._bias() is bias and bias.data_ptr() == self._pointer
 
 
 class _Ready:
@@ -75,7 +91,7 @@ class Siblings:
         self._members: list[weakref.ref[Reader]] = []
         self.ready: _Ready | None = None
         self._shared: SharedProduct | None = None
-        self._shared_for: list[_Operands] = []
+        self._shared_for: list[Operands] = []
         self._wasted = False
 
     def join(self, linear: Reader) -> Place:
@@ -119,15 +135,11 @@ class Siblings:
             if mode is not None and linear.mode != mode:
                 return None
             mode = linear.mode
-            if unchanged:
-                weight, bias = linear.operands()
-                last = kept[i]
-                unchanged = weight is last[0] and bias is last[1]
-                unchanged = unchanged and (bias is None or bias.data_ptr() == last[2])
+            unchanged = unchanged and kept[i].are_of(linear)
         if not unchanged:
             operands = [linear.operands() for linear in (member() for member in self._members) if linear]
-            self._shared_for = [(w, b, None if b is None else b.data_ptr()) for w, b in operands]
             self._shared = _shared_product(operands)
+            self._shared_for = [Operands(weight, bias) for weight, bias in operands if weight is not None]
         return None if self._shared is None or mode is None else (self._shared, mode)
 
 
@@ -135,16 +147,10 @@ def _shared_product(
     operands: list[tuple[PreparedWeight | None, Tensor | None]],
 ) -> SharedProduct | None:
     """The call for all, or None where one of them is not on the CPU or has a bias that the library cannot read."""
-    known = [weight for weight, _ in operands if weight is not None and weight.layout == NATIVE_LAYOUT]
+    known = [(weight, bias) for weight, bias in operands if weight is not None and readable(weight, bias)]
     if len(known) != len(operands):
         return None
-    biases = [bias for _, bias in operands]
-    for weight, bias in zip(known, biases, strict=True):
-        if bias is None:
-            continue
-        if not (bias.is_cpu and bias.is_contiguous() and bias.shape == (weight.out_features,)):
-            return None
-    return SharedProduct(known, biases)
+    return SharedProduct([weight for weight, _ in known], [bias for _, bias in known])
 
 
 class _Before(threading.local):

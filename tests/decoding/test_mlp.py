@@ -402,6 +402,14 @@ def test_experts_are_gated_mlps_too(gated: bool, calls: list[int]) -> None:
     assert calls == ([4, 4] if gated else [])
 
 
+def test_the_random_numbers_of_others_stay() -> None:
+    module = ready(MLP())
+    before = torch.get_rng_state()
+    mlp._probe.cache_clear()
+    assert gate_mlps(module) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_nothing_happens_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ready(MLP())
     monkeypatch.setattr(native, "load", lambda: None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightgptq import native, ops
+from lightgptq.decoding.trial import tried
 from lightgptq.linear import QuantLinear
+from lightgptq.ops import cpu
 from lightgptq.ops.cpu import GATED_ACTIVATIONS, GatedProduct
-from lightgptq.ops.weight import NATIVE_LAYOUT, PreparedWeight
+from lightgptq.sharing import Operands
 
 PROBE_WIDTH = 24
 PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # a clamp, or another activation, shows at one of them
@@ -98,33 +99,49 @@ def _linears(module: nn.Module) -> list[str] | None:
     return None if any(child.state_dict() for child in others) else names
 
 
+class _Probe:
+    """Three small linears of random numbers, an input, and what a gated MLP of them gives for it, in every order."""
+
+    @torch.no_grad()
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        self.linears = [nn.Linear(PROBE_WIDTH, PROBE_WIDTH, bias=False, device="meta") for _ in range(3)]
+        for linear in self.linears:
+            linear.weight = nn.Parameter(
+                torch.randn(PROBE_WIDTH, PROBE_WIDTH, **options), requires_grad=False
+            )
+        x = torch.randn(1, len(PROBE_SCALES), PROBE_WIDTH, **options)
+        self.x = x * torch.tensor(PROBE_SCALES, dtype=torch.float32, device="cpu")[:, None]
+        self.expected = {
+            (order, name): self.linears[down](
+                activation(self.linears[gate](self.x)) * self.linears[up](self.x)
+            )
+            for order in itertools.permutations(range(3))
+            for gate, up, down in [order]
+            for name, activation in ACTIVATIONS.items()
+        }
+
+
+_probe = functools.cache(_Probe)  # made once: a mixture has thousands of experts
+
+
 @torch.no_grad()
 def _roles(module: nn.Module, names: list[str]) -> tuple[tuple[str, ...], str] | None:
     """Which linear is gate, up and down, and the activation's name; None where another formula is computed."""
-    generator = torch.Generator().manual_seed(0)
+    probe = _probe()
     kept = {name: module._modules[name] for name in names}
-    small = {name: nn.Linear(PROBE_WIDTH, PROBE_WIDTH, bias=False, dtype=torch.float32) for name in names}
-    for linear in small.values():
-        linear.weight.normal_(generator=generator)
-    x = (
-        torch.randn(1, len(PROBE_SCALES), PROBE_WIDTH, generator=generator)
-        * torch.tensor(PROBE_SCALES)[:, None]
-    )
-    module._modules.update(small)
+    module._modules.update(zip(names, probe.linears, strict=True))
     try:
-        y = module.forward(x)
-    except Exception:
-        return None  # it wants something else of its linears or its input: not this formula
+        y = tried(module.forward, probe.x)
     finally:
         module._modules.update(kept)
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+    if not isinstance(y, Tensor) or y.shape != probe.x.shape or y.dtype != probe.x.dtype:
         return None
-    for gate, up, down in itertools.permutations(names):
-        for name, activation in ACTIVATIONS.items():
-            expected = small[down](activation(small[gate](x)) * small[up](x))
-            largest = expected.abs().amax(-1, keepdim=True)
-            if bool(((y - expected).abs() <= 1e-5 * largest).all()):
-                return (gate, up, down), name
+    for (order, activation), expected in probe.expected.items():
+        largest = expected.abs().amax(-1, keepdim=True)
+        if bool(((y - expected).abs() <= 1e-5 * largest).all()):
+            return tuple(names[i] for i in order), activation
     return None
 
 
@@ -140,32 +157,12 @@ class _Call:
 
     def __init__(self, linears: list[Any], activation: str) -> None:
         operands = [linear.operands() for linear in linears]
-        self._operands = [_remembered(weight, bias) for weight, bias in operands]
+        self._operands = [Operands(weight, bias) for weight, bias in operands]
         self.product = GatedProduct([w for w, _ in operands], [b for _, b in operands], activation)
 
     def is_of(self, linears: list[Any]) -> bool:
         """Whether nothing has changed since."""
-        for (weight, bias, pointer), linear in zip(self._operands, linears, strict=True):
-            now, its_bias = linear.operands()
-            if now is None or weight() is not now:
-                return False
-            if its_bias is None:
-                if bias is not None:
-                    return False
-            elif (
-                bias is None
-                or bias() is not its_bias
-                or its_bias.data_ptr() != pointer
-                or its_bias.requires_grad
-            ):
-                return False
-        return True
-
-
-def _remembered(weight: PreparedWeight, bias: Tensor | None) -> tuple[Any, Any, int]:
-    if bias is None:
-        return weakref.ref(weight), None, 0
-    return weakref.ref(weight), weakref.ref(bias), bias.data_ptr()
+        return all(kept.are_of(linear) for kept, linear in zip(self._operands, linears, strict=True))
 
 
 def _native(module: Any, x: Tensor) -> Tensor | None:
@@ -183,26 +180,12 @@ def _native(module: Any, x: Tensor) -> Tensor | None:
     for linear in linears:
         if type(linear) is not QuantLinear or linear.mode != mode:
             return None
+        if linear.bias is not None and linear.bias.requires_grad:
+            return None
     call = state.get(_CALL)
     if call is None or not call.is_of(linears):
-        if not all(_fits(linear) for linear in linears):
+        if not all(cpu.readable(*linear.operands()) for linear in linears):
             return None
         call = state[_CALL] = _Call(linears, state[_ACTIVATION])
     y: Tensor | None = call.product(x, mode)
     return y
-
-
-def _fits(linear: QuantLinear) -> bool:
-    """Whether the native library can read a linear's weight and bias, and nobody wants a gradient."""
-    weight, bias = linear.operands()
-    if weight is None or weight.layout != NATIVE_LAYOUT:
-        return False
-    if bias is None:
-        return True
-    return (
-        bias.is_cpu
-        and not bias.requires_grad
-        and bias.is_contiguous()
-        and bias.dtype in ops.DTYPES
-        and bias.shape == (linear.out_features,)
-    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightgptq import native, ops
+from lightgptq.decoding.trial import tried
 
 NAME = "apply_rotary_pos_emb"
 PROBE_DIM = 16
@@ -60,10 +61,7 @@ def _computes(theirs: Rotation) -> bool:
     for dtype in ops.DTYPES:
         q, k = (torch.randn(2, heads, 3, PROBE_DIM, generator=generator).to(dtype) for heads in (4, 2))
         cos, sin = (torch.randn(2, 3, PROBE_DIM, generator=generator).to(dtype) for _ in range(2))
-        try:
-            rotated = theirs(q, k, cos, sin)
-        except Exception:
-            return False  # of another signature, or for other shapes: not this formula
+        rotated = tried(theirs, q, k, cos, sin)
         expected = (reference(q, cos, sin), reference(k, cos, sin))
         if not isinstance(rotated, tuple) or len(rotated) != 2:
             return False

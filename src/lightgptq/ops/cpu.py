@@ -167,6 +167,20 @@ def _output(shape: torch.Size, out_features: int) -> tuple[int, tuple[int, ...],
     return math.prod(shape[:-1]), out_shape, strides
 
 
+def readable(weight: PreparedWeight | None, bias: Tensor | None) -> bool:
+    """Whether the library can read a weight and its bias where they lie."""
+    if weight is None or weight.layout != NATIVE_LAYOUT:
+        return False
+    if bias is None:
+        return True
+    return (
+        bias.is_cpu
+        and bias.is_contiguous()
+        and bias.dtype in native.DTYPES
+        and bias.shape == (weight.out_features,)
+    )
+
+
 def _factors(weights: Sequence[PreparedWeight], biases: Sequence[Tensor | None]) -> Any:
     """What the library reads of several weights and their biases."""
     factors = (_Factor * len(weights))()
